@@ -1,0 +1,98 @@
+"""What goes into the engine and what comes out of it, whoever drives it: the offline API or the engine process."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from light_core.sampling_params import SamplingParams
+
+__all__ = ["FINISH_REASONS", "EngineRequest", "EngineStats", "TokenLogprobs", "TokenUpdate"]
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineRequest:
+    """One output to generate (`n` outputs are n of these, with seeds of their own).
+
+    Attributes:
+        request_id: unique among live requests; chosen by the caller.
+        prompt: int32 [prompt_len], at least one token.
+        params: sampling parameters; `n` and `stop` are the caller's business, `max_tokens` is set.
+        stop_token_ids: every token id that ends the output (end of sequence unless ignored, and the request's own).
+        seed: of this output.
+        salt: requests share cached prefixes only within the same salt.
+    """
+
+    request_id: int
+    prompt: npt.NDArray[np.int32]
+    params: SamplingParams
+    stop_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Logprobs at one position.
+
+    Attributes:
+        logprob: of the token that is there.
+        rank: its rank among all tokens, 1 for the likeliest.
+        top: (token id, logprob) of the likeliest tokens, likeliest first.
+    """
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class TokenUpdate:
+    """New tokens of one request, from one step.
+
+    Attributes:
+        request_id: whose.
+        token_ids: the new ones, oldest first; empty when only the end is told. A stop token is among them.
+        logprobs: one for each token, where asked for.
+        prompt_logprobs: with the first update, where asked for: None for the first prompt token, then one each.
+        finish_reason: one of `FINISH_REASONS` with the last update, else None.
+        stop_token: the token id that ended it, where a token did.
+        num_cached_tokens: prompt tokens that came from the prefix cache; with the first update, else 0.
+        error: what went wrong, with `finish_reason` "error".
+    """
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the start and gauges of this moment; names follow vLLM's metrics.
+
+    Attributes:
+        num_requests_running, num_requests_waiting: now.
+        kv_slots_total, kv_slots_used: of the pool; slots that only the prefix cache holds count as free.
+        prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found, in total.
+        prompt_tokens, generation_tokens, preemptions, steps: in total.
+        finished: finish reason to how many requests.
+    """
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_slots_total: int = 0
+    kv_slots_used: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    finished: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,376 @@
+"""The data of the contract: what hooks are given and what they answer with.
+
+Everything here is plain data or a protocol; nothing decides, loads or launches. Plugins see these names through
+`light_sdk`; core's own modules import them from here.
+
+Shape legend, used in every docstring and in model code as a suffix:
+
+    T  tokens of a step (decodes first, then prefill chunks)      H  query heads       K  key/value heads
+    B  requests of a step                                         D  head dim          E  hidden size
+    R  rows whose logits are wanted                               V  vocabulary        S  slots of the KV pool
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from light_core.ops import OpTable
+
+__all__ = [
+    "ChatSpec",
+    "Family",
+    "FamilyRegistry",
+    "Hidden",
+    "KVGroup",
+    "KVLayout",
+    "KVPlane",
+    "KVView",
+    "Layer",
+    "Limits",
+    "MediaEncoder",
+    "ModelContext",
+    "Placement",
+    "PostLayer",
+    "PreLayer",
+    "Shard",
+    "Step",
+    "WeightPlan",
+]
+
+
+# --------------------------------------------------------------------------------------------- families
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One model family, as data: enough to choose it and to say why something is not possible with it.
+
+    Attributes:
+        name: unique among installed plugins, e.g. "llama".
+        architectures: the `architectures` entries of config.json that it serves.
+        attention: "mha", "gqa", "mla" or "none".
+        kv_dtypes: dtypes the KV planes may have; "auto" is the model's dtype.
+        quantization: weight formats it can load beside plain ones, e.g. ("fp8",).
+        max_tensor_parallel: ranks it can be cut over.
+        media: kinds of input beside text, e.g. ("image",).
+        heads: "generate" for logits, "score" for a reward.
+        bundled: models shipped inside the plugin: name to "package/relative/folder", e.g. {"demo": "light_llama/demo"}.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    attention: str = "gqa"
+    kv_dtypes: tuple[str, ...] = ("auto",)
+    quantization: tuple[str, ...] = ()
+    max_tensor_parallel: int = 1
+    media: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("generate",)
+    bundled: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class FamilyRegistry(Protocol):
+    """Where `light_register_families` announces families."""
+
+    def add(self, family: Family) -> None:
+        """Announces `family`. A second family of the same name or architecture is an error when loading ends."""
+
+
+# --------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """This worker's place in its tensor-parallel group."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Upper bounds that a model may size its buffers by.
+
+    Attributes:
+        max_model_len: tokens of one request, prompt and output.
+        max_num_seqs: requests of one step.
+        max_num_batched_tokens: tokens of one step.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelContext:
+    """The model that hooks are asked about. One for a model and worker; frozen.
+
+    Attributes:
+        family: the family that was chosen. A plugin answers a model hook only when `family.name` is its own.
+        config: transformers' configuration object of the model, with `hf_overrides` applied.
+        dtype: "float32", "bfloat16" or "float16": of parameters and activations.
+        device: torch device string, "cpu" or "cuda:0"; "meta" while only shapes are asked for.
+        ops: the op table of this model; `ops.select(...)` while layers are built, frozen afterwards.
+        limits: bounds to size buffers by.
+        shard: this worker's tensor-parallel place.
+        quantization: weight format, or None.
+        folder: the local folder of config, tokenizer and weights.
+    """
+
+    family: Family
+    config: Any
+    dtype: str
+    device: str
+    ops: "OpTable"
+    limits: Limits
+    shard: Shard = Shard()
+    quantization: str | None = None
+    folder: str = ""
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """`dtype` as torch has it."""
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+# --------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one checkpoint tensor goes: a parameter, or a run of rows of one.
+
+    The tensor is read once, its `shard_dim` cut to this worker's part, `transform` applied, and the result copied to
+    `param[offset : offset + len]`. Several placements with the same `param` and growing offsets fill a merged
+    parameter (q, k and v; gate and up).
+
+    Attributes:
+        source: name in the checkpoint.
+        param: name of the parameter: "pre.…", "layers.{i}.…", "post.…" or "media.{name}.…".
+        offset: first row (dimension 0) of `param` that it fills.
+        rows: how many rows it fills; None fills the whole of `param`.
+        transform: tensor to tensor, on the CPU or the device, in the checkpoint's dtype; for transposed or interleaved
+            layouts. It must not keep its argument.
+        shard_dim: dimension that tensor parallelism cuts, or None for a replicated tensor.
+        optional: the checkpoint may lack it; the parameter then keeps the value that its module gave it.
+    """
+
+    source: str
+    param: str
+    offset: int = 0
+    rows: int | None = None
+    transform: "Callable[[torch.Tensor], torch.Tensor] | None" = None
+    shard_dim: int | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """How a checkpoint becomes parameters. Loading checks it both ways: every tensor consumed, every parameter set.
+
+    Attributes:
+        placements: one or more for each checkpoint tensor.
+        ties: parameter to the parameter that it shares memory with, e.g. {"post.head.weight": "pre.embedding.weight"}.
+        ignored: regular expressions (full match) of checkpoint tensors that are dropped on purpose, such as saved
+            rotary frequencies.
+        prefixes: prefixes that a checkpoint may or may not put before every name, e.g. ("transformer.",); they are
+            stripped before names are compared.
+    """
+
+    placements: tuple[Placement, ...]
+    ties: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    ignored: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+
+
+# --------------------------------------------------------------------------------------------- KV
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlane:
+    """One tensor that a layer keeps for each token: `[S, *shape]` of `dtype`.
+
+    Attributes:
+        name: as the layer's view calls it, e.g. "k", "v", "latent", "k_scale".
+        shape: of one token, e.g. (num_kv_heads, head_dim).
+        dtype: torch's name, e.g. "bfloat16", "int8", "float8_e4m3fn", "uint8" (two int4 values a byte).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers that keep the same planes.
+
+    Attributes:
+        layers: their ids.
+        planes: what one token keeps in each of them; () for layers without KV.
+        window: how far back these layers look, in tokens, or None for all the way. Core may drop what lies further
+            back than every group's window.
+    """
+
+    layers: tuple[int, ...]
+    planes: tuple[KVPlane, ...]
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What one token keeps, layer by layer. Core owns the memory: `S` slots, the same slot id in every layer.
+
+    Attributes:
+        groups: every layer in exactly one of them.
+        max_shared_len: None where a token's KV depends on the tokens before it alone. Otherwise, KV beyond this many
+            tokens depends on the request's length too (rotary scalings of the kind of dynamic NTK): requests with a
+            longer prompt, and later positions of any request, stay out of the prefix cache.
+    """
+
+    groups: tuple[KVGroup, ...]
+    max_shared_len: int | None = None
+
+
+KVView = Mapping[str, "torch.Tensor"]
+"""One layer's planes by name, each `[S, *shape]`. A layer writes the step's tokens at `step.slots` and reads the past
+of request b at `step.slot_table[step.rows[b], :step.seq_lens[b]]`."""
+
+
+# --------------------------------------------------------------------------------------------- the step
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One forward pass of one mixed batch, as the model sees it. Tensors live on the model's device.
+
+    Requests 0 … num_decodes-1 have one token each; the others are prefill chunks. A token's KV is written before any
+    attention of the same layer reads it, so a request may read slots that another request of the same step writes.
+
+    Attributes:
+        token_ids: int32 [T].
+        positions: int32 [T], position of each token in its request.
+        context_lens: int32 [T], length of the request when the token was first computed: the prompt's length for
+            prompt tokens, position + 1 for generated ones. Rotary scalings that depend on length go by it, so that
+            chunking, caching and recomputation do not change a token's KV.
+        slots: int64 [T], slot that takes each token's KV; slot S-1 is never read (padding of CUDA graphs).
+        cu_seqlens_q: int32 [B+1], where each request's tokens begin.
+        seq_lens: int32 [B], tokens of the request in KV after this step.
+        rows: int32 [B], row of each request in `slot_table`.
+        slot_table: int32 [max_num_seqs+1, max_model_len], slot of each position of each row.
+        logits_rows: int64 [R], indices into T of the tokens whose logits are wanted.
+        num_decodes: requests with one token, at the front.
+        max_query_len: upper bound of the tokens a request has in this step.
+        max_seq_len: upper bound of `seq_lens`; under a CUDA graph the model's limit.
+        media: what media encoders produced for tokens of this step, by encoder name; None without media.
+        shared: what the layers of a family compute once a step and all use, e.g. rotary cosines and sines; empty when
+            the step begins.
+    """
+
+    token_ids: "torch.Tensor"
+    positions: "torch.Tensor"
+    context_lens: "torch.Tensor"
+    slots: "torch.Tensor"
+    cu_seqlens_q: "torch.Tensor"
+    seq_lens: "torch.Tensor"
+    rows: "torch.Tensor"
+    slot_table: "torch.Tensor"
+    logits_rows: "torch.Tensor"
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+    media: Mapping[str, Any] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.token_ids.shape[0])
+
+    @property
+    def num_seqs(self) -> int:
+        """B."""
+        return int(self.seq_lens.shape[0])
+
+
+class Hidden(NamedTuple):
+    """Hidden states between layers: the value is `x`, plus `residual` where there is one.
+
+    A layer whose norm follows the residual addition leaves the addition to the next layer, which fuses both; one that
+    does not simply returns the sum and None. `x` and `residual` are `[T, E]`; a layer may overwrite both.
+    """
+
+    x: "torch.Tensor"
+    residual: "torch.Tensor | None" = None
+
+    def value(self) -> "torch.Tensor":
+        """`x + residual`, `[T, E]`."""
+        return self.x if self.residual is None else self.x + self.residual
+
+
+class PreLayer(Protocol):
+    """Token ids to hidden states. A `torch.nn.Module`; its parameters are named "pre.…"."""
+
+    def __call__(self, step: Step) -> Hidden:
+        """Runs in every step and inside CUDA graphs: no synchronisation, no host value that changes."""
+
+
+class Layer(Protocol):
+    """One transformer layer. A `torch.nn.Module`; its parameters are named "layers.{i}.…"."""
+
+    def __call__(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
+        """As `PreLayer`; writes this step's tokens to `kv`."""
+
+
+class PostLayer(Protocol):
+    """Hidden states to logits, or to scores. A `torch.nn.Module`; its parameters are named "post.…"."""
+
+    def __call__(self, hidden: Hidden, step: Step) -> "torch.Tensor":
+        """`[R, V]` logits (or `[R, 1]` scores) of the tokens `step.logits_rows`, in any float dtype."""
+
+
+# --------------------------------------------------------------------------------------------- media and chat
+
+
+@dataclass(frozen=True, slots=True)
+class MediaEncoder:
+    """An encoder of images (later audio): what the media process and the pre layer need of it.
+
+    Attributes:
+        name: unique within the model, e.g. "image"; its parameters are named "media.{name}.…".
+        kind: "image" or "audio".
+        preprocess: bytes of one item to named tensors. It never opens a path or an address.
+        num_tokens: the preprocessed tensors to the number of tokens that the item takes in the prompt.
+        module: `torch.nn.Module` from a batch of preprocessed tensors to embeddings `[tokens, E]`.
+    """
+
+    name: str
+    kind: str
+    preprocess: "Callable[[bytes], Mapping[str, torch.Tensor]]"
+    num_tokens: "Callable[[Mapping[str, torch.Tensor]], int]"
+    module: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSpec:
+    """How conversations become prompts, and replies become messages, where the tokenizer does not say.
+
+    Attributes:
+        template: Jinja chat template used when the tokenizer has none.
+        stop: strings that end a reply, beside the model's end-of-sequence tokens.
+        tool_parser: name to a factory of incremental tool-call parsers; empty without tools.
+        reasoning_parser: as `tool_parser`, for reasoning text.
+    """
+
+    template: str | None = None
+    stop: Sequence[str] = ()
+    tool_parser: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    reasoning_parser: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: MappingProxyType({}))
