@@ -1,0 +1,49 @@
+# Every target sets up what it needs in .venv and is quick when nothing changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= demo
+PACKAGES := core sdk plugins/llama plugins/bloom
+MANIFESTS := pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: serve test test-gpu lint isolated wheels docs clean
+
+serve: $(VENV)/serve.stamp  ## serve the demo model on 127.0.0.1:8000 (MODEL=… for another)
+	$(BIN)/light serve $(MODEL) $(ARGS)
+
+test: $(VENV)/dev.stamp  ## the CPU tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-gpu: $(VENV)/dev.stamp  ## the tests that need one CUDA device
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+lint: $(VENV)/dev.stamp  ## ruff, mypy, import-linter, codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+isolated: $(VENV)/dev.stamp  ## installs each plugin alone in a clean environment and serves with it
+	$(BIN)/python tests/isolated.py
+
+wheels: $(VENV)/serve.stamp  ## builds a wheel of each package into dist/
+	for package in $(PACKAGES); do $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./$$package || exit 1; done
+
+docs: $(VENV)/dev.stamp  ## writes the generated pages
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) dist
+
+# torch first and by its pinned version: an unpinned one may bring another build of it.
+$(VENV)/serve.stamp: $(MANIFESTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) $(addprefix --editable ./,$(PACKAGES))
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/serve.stamp
+	$(INSTALL) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,181 @@
+"""Commands and their options. What they do is in the modules beside this one."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from light_core import __version__
+from light_core.cli.options import dataclass_options, read_config_file
+from light_core.cli.settings import ENGINE_CHOICES, ENGINE_HELP, server_options
+from light_core.config import EngineConfig
+from light_core.errors import LightError
+
+__all__ = ["main"]
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Runs the command line; a `LightError` becomes three lines and its exit code."""
+    try:
+        code = command.main(argv, prog_name="light", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except LightError as error:
+        click.echo(error.block(), err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="light")
+def command() -> None:
+    """Light serves large language models; each model family is a plugin."""
+
+
+def _later(target: str) -> Callable[..., Any]:
+    """A command body that is imported when it runs: "module:function"."""
+
+    def body(**values: Any) -> Any:
+        module, _, name = target.partition(":")
+        return getattr(importlib.import_module(module), name)(**values)
+
+    return body
+
+
+def _add(group: click.Group, name: str, target: str, text: str, *params: click.Parameter) -> None:
+    group.add_command(click.Command(name, callback=_later(target), params=list(params), help=text, context_settings=CONTEXT))
+
+
+def _model_argument(required: bool = True) -> click.Argument:
+    return click.Argument(["model"], required=required, metavar="MODEL")
+
+
+def _engine_options() -> list[click.Option]:
+    return dataclass_options(EngineConfig, ENGINE_HELP, ENGINE_CHOICES)
+
+
+def _config_file() -> click.Option:
+    return click.Option(
+        ["--config"],
+        is_eager=True,
+        expose_value=False,
+        callback=read_config_file,
+        metavar="FILE.yaml",
+        help="YAML file of settings; options and the environment go before it.",
+    )
+
+
+_add(
+    command,
+    "serve",
+    "light_core.cli.serve:serve",
+    """Serve MODEL over HTTP: OpenAI's API and LightLLM's own.
+
+    MODEL is a local folder, a hub id like org/name, or "demo".
+    """,
+    _model_argument(),
+    *_engine_options(),
+    *server_options(),
+    _config_file(),
+)
+_add(
+    command,
+    "doctor",
+    "light_core.cli.doctor:doctor",
+    "Say whether MODEL would start here, without loading its weights: plugin, memory, kernels, port.",
+    _model_argument(),
+    *_engine_options(),
+    *server_options(("host", "port")),
+    _config_file(),
+)
+_add(
+    command,
+    "generate",
+    "light_core.cli.generate:generate",
+    "Complete PROMPTs with MODEL in this process.",
+    _model_argument(),
+    click.Argument(["prompts"], nargs=-1, required=True),
+    click.Option(["--max-tokens"], type=click.IntRange(1), default=128, show_default=True, help="Output tokens at most."),
+    click.Option(["--temperature"], type=float, default=0.8, show_default=True, help="0 is greedy."),
+    click.Option(["--top-p"], type=float, default=1.0, show_default=True, help="Smallest set of tokens that reaches this probability."),
+    click.Option(["--sampling-seed"], type=int, help="Makes the output repeatable."),
+    *_engine_options(),
+)
+_add(
+    command,
+    "chat",
+    "light_core.cli.chat:chat",
+    "Talk to a running server from this terminal.",
+    click.Option(["--url"], default="http://127.0.0.1:8000", show_default=True, envvar="LIGHT_URL", help="Where it listens."),
+    click.Option(["--api-key"], envvar="LIGHT_API_KEY", help="If the server asks for one."),
+    click.Option(["--model"], help="Name of the model; the server's first one otherwise."),
+    click.Option(["--system"], help="A system message to begin with."),
+    click.Option(["--temperature"], type=float, help="0 is greedy; the model's own default otherwise."),
+    click.Option(["--max-tokens"], type=click.IntRange(1), help="Tokens of a reply at most."),
+)
+
+
+@command.group(context_settings=CONTEXT)
+def plugin() -> None:
+    """Installed model plugins."""
+
+
+_add(plugin, "list", "light_core.cli.plugins:list_plugins", "All installed plugins, what they serve, and why one is broken.")
+_add(
+    plugin,
+    "info",
+    "light_core.cli.plugins:plugin_info",
+    "One plugin: distribution, families, kernels, hooks.",
+    click.Argument(["name"]),
+)
+_add(
+    plugin,
+    "new",
+    "light_core.cli.plugins:new_plugin",
+    "Write the package of a new family, ready to edit.",
+    click.Argument(["name"]),
+    click.Option(["--folder"], default=".", show_default=True, help="Where the package folder is made."),
+    click.Option(["--like"], default="llama", show_default=True, help="The family to begin from."),
+)
+
+
+@command.group(context_settings=CONTEXT)
+def bench() -> None:
+    """Measure throughput and latency."""
+
+
+_add(
+    bench,
+    "offline",
+    "light_core.cli.bench:offline",
+    "Throughput of MODEL in this process with random prompts.",
+    _model_argument(),
+    click.Option(["--num-prompts"], type=click.IntRange(1), default=64, show_default=True, help="Requests."),
+    click.Option(["--input-len"], type=click.IntRange(1), default=256, show_default=True, help="Prompt tokens each."),
+    click.Option(["--output-len"], type=click.IntRange(1), default=128, show_default=True, help="Output tokens each."),
+    *_engine_options(),
+)
+_add(
+    bench,
+    "serve",
+    "light_core.cli.bench:serve",
+    "Load a running server and report throughput, TTFT, ITL.",
+    click.Option(["--url"], default="http://127.0.0.1:8000", show_default=True, envvar="LIGHT_URL", help="Where it listens."),
+    click.Option(["--api-key"], envvar="LIGHT_API_KEY", help="If the server asks for one."),
+    click.Option(["--model"], help="Name of the model; the server's first one otherwise."),
+    click.Option(["--num-prompts"], type=click.IntRange(1, 100_000), default=200, show_default=True, help="Requests in all."),
+    click.Option(["--input-len"], type=click.IntRange(1), default=256, show_default=True, help="Prompt tokens each."),
+    click.Option(["--output-len"], type=click.IntRange(1), default=128, show_default=True, help="Output tokens each."),
+    click.Option(["--request-rate"], type=float, help="Requests a second (Poisson); all at once otherwise."),
+    click.Option(["--max-concurrency"], type=click.IntRange(1), default=64, show_default=True, help="Requests at a time."),
+    click.Option(["--seed"], type=int, default=0, show_default=True, help="Of prompts and arrivals."),
+    click.Option(["--json", "json_path"], help="Write the results to this file too."),
+)
+_add(command, "collect-env", "light_core.cli.collect_env:collect_env", "Versions and machine, for a bug report.")

@@ -1,0 +1,171 @@
+"""Finds a model: a local folder, a hub id, or a model that a plugin ships; and reads its configuration.
+
+Nothing here runs code of a checkpoint: `auto_map` is never followed, and only safetensors and text files are fetched.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from light_core.config import EngineConfig
+from light_core.errors import ConfigError, ModelError
+
+__all__ = ["ModelFiles", "max_positions", "read_config", "resolve_dtype", "resolve_folder", "resolve_max_model_len"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+TEXT_ONLY = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_MAX_LEN = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine.
+
+    Attributes:
+        folder: with config.json, weights and tokenizer.
+        config: transformers' configuration object, or a plain `PretrainedConfig` for a model type it does not know.
+        raw: config.json as it stands, with overrides applied.
+    """
+
+    folder: Path
+    config: Any
+    raw: Mapping[str, Any]
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The `architectures` of config.json."""
+        return tuple(self.raw.get("architectures") or ())
+
+
+def resolve_folder(model: str, revision: str | None, bundled: Mapping[str, Path], weights: bool = True) -> Path:
+    """The local folder of `model`, downloaded from the hub if it is a hub id.
+
+    Args:
+        model: folder, hub id, or a key of `bundled`.
+        revision: branch, tag or commit of a hub id.
+        bundled: models that plugins ship.
+        weights: False fetches configuration and tokenizer only.
+
+    Raises:
+        ModelError: no such model, gated, offline, or no network.
+    """
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise ModelError(f"{model} is not a model folder", "it has no config.json", "give the folder that holds config.json and *.safetensors")
+        return Path(model)
+    if model in bundled:
+        return bundled[model]
+    if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
+        shipped = f"; installed plugins ship: {', '.join(sorted(bundled))}" if bundled else ""
+        raise ModelError(f"there is no model {model!r}", f"it is neither a folder nor a hub id like org/name{shipped}", "check the spelling")
+    return _download(model, revision, weights)
+
+
+def _download(model: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors as hub
+
+    patterns = FETCHED if weights else TEXT_ONLY
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except hub.GatedRepoError as error:
+        raise ModelError(f"{model} is gated", "its owner asks for an agreement", "accept it on the model's page, then run `hf auth login` or set HF_TOKEN") from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelError(f"{model} has no revision {revision!r}", "no such branch, tag or commit", "leave out --revision for the default one") from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelError(f"the hub has no model {model!r}", "it does not exist, or is private", "check the spelling; for a private one set HF_TOKEN") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+        cause = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached and it is not in the cache"
+        raise ModelError(f"{model} cannot be fetched", cause, "unset HF_HUB_OFFLINE" if offline else "check the network, or give a local folder") from error
+    except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
+        raise ModelError(f"{model} cannot be fetched", str(error).splitlines()[0][:200], "check the network, or give a local folder") from error
+
+
+def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelFiles:
+    """Reads config.json of `folder`, with `overrides` in the place of its entries.
+
+    Raises:
+        ModelError: the file is missing or is not a configuration.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read", str(error), "get the model again") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} is not a configuration", f"it holds a {type(raw).__name__}", "get the model again")
+    raw = {key: value for key, value in raw.items() if key != "auto_map"} | dict(overrides)
+    return ModelFiles(folder, _config_object(raw, path), raw)
+
+
+def _config_object(raw: dict[str, Any], path: Path) -> Any:
+    from transformers import PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PretrainedConfig
+    try:
+        return kind.from_dict(dict(raw))
+    except Exception as error:  # whatever transformers' validation raises is a fault of this file
+        raise ModelError(f"{path} is not a valid {model_type or 'model'} configuration", str(error).splitlines()[0][:200], "check its values") from error
+
+
+def max_positions(files: ModelFiles) -> int | None:
+    """The longest request that the configuration allows, in tokens; None where it names no limit."""
+    raw = files.raw
+    limit = next((raw[key] for key in ("max_position_embeddings", "n_positions", "max_seq_len") if raw.get(key)), None)
+    if limit is None:
+        limit = getattr(files.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), float(rope.get("factor") or 1.0)
+    if kind in ("linear", "dynamic"):
+        return int(limit * factor)
+    if kind == "yarn":
+        return max(int(limit), int((rope.get("original_max_position_embeddings") or limit) * factor))
+    return int(limit)
+
+
+def resolve_max_model_len(files: ModelFiles, asked: int | None) -> int:
+    """`asked`, or the model's own limit.
+
+    Raises:
+        ConfigError: more than the model's positions were asked for.
+    """
+    limit = max_positions(files)
+    if asked is None:
+        return limit or int(files.raw.get("seq_length") or DEFAULT_MAX_LEN)
+    if limit is not None and asked > limit:
+        raise ConfigError(
+            f"max_model_len {asked} is more than the model was made for",
+            f"config.json allows {limit} positions",
+            f"give --max-model-len {limit} or less, or override max_position_embeddings if the model really bears it",
+        )
+    return asked
+
+
+def resolve_dtype(files: ModelFiles, asked: str, device: str) -> str:
+    """The dtype of parameters and activations, by `EngineConfig.dtype`'s rules."""
+    if asked != "auto":
+        return asked
+    if not device.startswith("cuda"):
+        return "bfloat16" if _multiplies_bfloat16() else "float32"
+    named = str(files.raw.get("dtype") or files.raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return named if named in ("bfloat16", "float16") else "bfloat16"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 matrix instructions; without them float32 is faster."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags

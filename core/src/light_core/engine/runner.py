@@ -1,0 +1,299 @@
+"""Runs planned steps on the device: inputs in one copy, forward (a CUDA graph for pure decodes), sampling.
+
+The runner decides nothing: what runs, where its KV goes and which rows are sampled stands in the `StepPlan`. `launch`
+does not wait for the device; `Launched.result` does. Called by the engine alone, from one thread.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from light_core.engine.graphs import DecodeGraphs, batch_sizes
+from light_core.engine.requests import TokenLogprobs
+from light_core.engine.sampling.sampler import Sampled, Sampler
+from light_core.engine.staging import Staging
+from light_core.kv.layout import allocate
+from light_core.plugins import ModelRuntime
+from light_core.scheduler.plan import StepPlan
+from light_core.types import Hidden, KVView, Step
+
+__all__ = ["Launched", "ModelRunner"]
+
+PROMPT_ROWS = 512  # prompt-logprob rows whose logits exist at the same time
+TOKEN_REGIONS = ("token_ids", "positions", "context_lens")
+SEQ_REGIONS = ("rows", "seq_lens", "query_starts")
+
+
+@dataclass(slots=True, eq=False)
+class Launched:
+    """A step under way on the device.
+
+    Attributes:
+        plan: what runs.
+        sampled: its sampled tokens, once the device has them; None if the step samples nothing.
+        prompt_logprobs: for each prompt-logprob row of the plan, in its order; lazily computed.
+    """
+
+    plan: StepPlan
+    sampled: Sampled | None
+    prompt_logprobs: "list[Callable[[], list[TokenLogprobs]]]"
+
+
+class ModelRunner:
+    """A bound model, its KV memory and its sampler on one device.
+
+    Args:
+        runtime: what `bind` gave, with weights loaded.
+        sampler: for `max_num_seqs` rows.
+        use_graphs: capture CUDA graphs for decodes.
+    """
+
+    def __init__(self, runtime: ModelRuntime, sampler: Sampler, use_graphs: bool) -> None:
+        self.runtime, self.sampler = runtime, sampler
+        self.device = torch.device(runtime.model.device)
+        self.limits = limits = runtime.model.limits
+        self._use_graphs = use_graphs and self.device.type == "cuda"
+        tokens, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
+        self._staging = Staging(
+            {
+                "rows": ("int32", seqs),
+                "seq_lens": ("int32", seqs),
+                "query_starts": ("int32", seqs + 1),
+                "logits_rows": ("int64", seqs),
+                "slots": ("int64", tokens),
+                "token_ids": ("int32", tokens),
+                "positions": ("int32", tokens),
+                "context_lens": ("int32", tokens),
+            },
+            self.device,
+        )
+        self.slot_table = torch.empty((seqs + 1, limits.max_model_len), dtype=torch.int32, device=self.device)
+        self.kv: tuple[KVView, ...] = ()
+        self._graphs: DecodeGraphs | None = None
+        self._arange = torch.arange(seqs + 1, dtype=torch.int32, device=self.device)
+
+    # ------------------------------------------------------------------------------------ memory and graphs
+
+    def allocate_kv(self, num_slots: int) -> None:
+        """Takes the KV pool: `num_slots` slots, the last of them for padding."""
+        self.kv = ()
+        self._graphs = None
+        self.kv = allocate(self.runtime.kv_layout, num_slots, self.device)
+        self.num_slots = num_slots
+        self.slot_table[-1].fill_(num_slots - 1)
+
+    @torch.inference_mode()
+    def profile(self) -> None:
+        """Runs the largest step there can be, on padding, so that its peak of memory shows and kernels compile."""
+        tokens = self.limits.max_num_batched_tokens
+        share = min(tokens, self.limits.max_model_len)
+        lens = [share] * (tokens // share) + ([tokens % share] if tokens % share else [])
+        lens = lens[: self.limits.max_num_seqs]
+        total = sum(lens)
+        starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lens])
+        rows = min(self.limits.max_num_seqs, total)
+        step = self._step(
+            {
+                "rows": np.full(len(lens), self.limits.max_num_seqs, np.int32),
+                "seq_lens": np.asarray(lens, np.int32),
+                "query_starts": starts,
+                "logits_rows": np.arange(rows, dtype=np.int64),
+                "slots": np.full(total, self.num_slots - 1, np.int64),
+                "token_ids": np.zeros(total, np.int32),
+                "positions": positions,
+                "context_lens": np.full(total, share, np.int32),
+            },
+            num_decodes=0,
+            max_query_len=share,
+            max_seq_len=share,
+        )
+        logits = self._logits(self._hidden(step), step)
+        self.sampler.profile(logits)
+
+    @torch.inference_mode()
+    def capture(self) -> Iterator[float]:
+        """Captures the decode graphs; yields the share that is done."""
+        if not self._use_graphs:
+            return
+        self._graphs = self._make_graphs()
+        for done, _ in enumerate(self._graphs.capture(), 1):
+            yield done / len(self.graph_sizes)
+
+    @torch.inference_mode()
+    def graph_bytes(self) -> int:
+        """What graphs of all sizes will take on the device, measured by capturing the largest and the smallest."""
+        if not self._use_graphs:
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info(self.device)[0]
+        graphs = self._make_graphs()
+        taken = []
+        for _ in graphs.capture([self.graph_sizes[-1], self.graph_sizes[0]]):
+            taken.append(before - torch.cuda.mem_get_info(self.device)[0])
+        del graphs
+        torch.cuda.empty_cache()
+        each = max(taken[1] - taken[0], 0)
+        return int(taken[0] + each * (len(self.graph_sizes) - 1))
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Batch sizes of the decode graphs."""
+        return batch_sizes(min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens))
+
+    def _make_graphs(self) -> DecodeGraphs:
+        sizes = self.graph_sizes
+        self._stage_padding(sizes[-1])
+        sample = self._forward(self._decode_step(1))
+        logits = torch.empty((sizes[-1], sample.shape[1]), dtype=sample.dtype, device=self.device)
+        return DecodeGraphs(self._forward, self._decode_step, sizes, logits)
+
+    def _stage_padding(self, size: int) -> None:
+        self._staging.upload(_padding(size, self.limits.max_num_seqs, self.num_slots - 1))
+
+    def _decode_step(self, size: int) -> Step:
+        """The step of `size` decodes over the fixed regions; token ids come from the rows' last samples."""
+        view = self._staging.view
+        rows, positions, slots = view("rows", size), view("positions", size), view("slots", size)
+        long_rows = rows.long()
+        self.slot_table.index_put_((long_rows, positions.long()), slots.int())
+        return Step(
+            token_ids=self.sampler.last_tokens[long_rows],
+            positions=positions,
+            context_lens=positions + 1,
+            slots=slots,
+            cu_seqlens_q=self._arange[: size + 1],
+            seq_lens=view("seq_lens", size),
+            rows=rows,
+            slot_table=self.slot_table,
+            logits_rows=self._arange[:size].long(),
+            num_decodes=size,
+            max_query_len=1,
+            max_seq_len=self.limits.max_model_len,
+        )
+
+    # ------------------------------------------------------------------------------------ steps
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Enqueues `plan`; returns at once on a GPU, when it has run on a CPU."""
+        for row in plan.released_rows:
+            self.sampler.release(row)
+        for admitted in plan.admitted:
+            self.sampler.admit(admitted.row, admitted.request, admitted.output_ids)
+        self._update_table(plan)
+        num_sampled = len(plan.sample_rows)
+        prepared = self.sampler.prepare(plan.sample_request_rows, plan.num_output_tokens) if num_sampled else None
+        size = self._graphs.padded(plan.num_decodes) if self._graphs and plan.num_decodes == len(plan.positions) else None
+        prompt: list[Callable[[], list[TokenLogprobs]]] = []
+        if size is not None and self._graphs is not None:
+            self._staging.upload(_padded(plan, size, self.limits.max_num_seqs, self.num_slots - 1))
+            logits = self._graphs.replay(size)[:num_sampled]
+        else:
+            step = self._eager_step(plan)
+            hidden = self._hidden(step)
+            prompt = self._prompt_logprobs(plan, hidden, step)
+            logits = self._logits(hidden, step) if num_sampled else torch.empty(0)
+        sampled = self.sampler.sample(logits, prepared) if prepared is not None else None
+        if sampled is not None:
+            sampled.to_host()
+        return Launched(plan, sampled, prompt)
+
+    def _update_table(self, plan: StepPlan) -> None:
+        if len(plan.table_rows) == 0:
+            return
+        packed = torch.from_numpy(np.stack([plan.table_rows, plan.table_positions, plan.table_slots]).astype(np.int32))
+        if self.device.type == "cuda":
+            packed = packed.pin_memory().to(self.device, non_blocking=True)
+        self.slot_table.index_put_((packed[0].long(), packed[1].long()), packed[2])
+
+    def _eager_step(self, plan: StepPlan) -> Step:
+        starts = np.zeros(len(plan.rows) + 1, np.int32)
+        np.cumsum(plan.query_lens, out=starts[1:])
+        step = self._step(
+            {
+                "rows": plan.rows,
+                "seq_lens": plan.seq_lens,
+                "query_starts": starts,
+                "logits_rows": plan.sample_rows,
+                "slots": plan.slots,
+                "token_ids": plan.token_ids,
+                "positions": plan.positions,
+                "context_lens": plan.context_lens,
+            },
+            num_decodes=plan.num_decodes,
+            max_query_len=int(plan.query_lens.max()),
+            max_seq_len=int(plan.seq_lens.max()),
+        )
+        if plan.num_decodes:
+            step.token_ids[: plan.num_decodes] = self.sampler.last_tokens[step.rows[: plan.num_decodes].long()]
+        return step
+
+    def _step(self, arrays: dict[str, npt.NDArray[Any]], num_decodes: int, max_query_len: int, max_seq_len: int) -> Step:
+        tensors = self._staging.upload(arrays)
+        return Step(
+            token_ids=tensors["token_ids"],
+            positions=tensors["positions"],
+            context_lens=tensors["context_lens"],
+            slots=tensors["slots"],
+            cu_seqlens_q=tensors["query_starts"],
+            seq_lens=tensors["seq_lens"],
+            rows=tensors["rows"],
+            slot_table=self.slot_table,
+            logits_rows=tensors["logits_rows"],
+            num_decodes=num_decodes,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+        )
+
+    def _hidden(self, step: Step) -> Hidden:
+        hidden = self.runtime.pre(step)
+        for layer, kv in zip(self.runtime.layers, self.kv, strict=True):
+            hidden = layer(hidden, step, kv)
+        return hidden
+
+    def _logits(self, hidden: Hidden, step: Step) -> torch.Tensor:
+        return self.runtime.post(hidden, step)
+
+    def _forward(self, step: Step) -> torch.Tensor:
+        return self._logits(self._hidden(step), step)
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Hidden, step: Step) -> "list[Callable[[], list[TokenLogprobs]]]":
+        """For each request with prompt logprobs in `plan`: a call that waits for them."""
+        results = []
+        for wanted in plan.prompt_logprobs:
+            parts = []
+            for begin in range(0, len(wanted.token_rows), PROMPT_ROWS):
+                part = slice(begin, begin + PROMPT_ROWS)
+                rows = torch.from_numpy(wanted.token_rows[part].astype(np.int64)).to(self.device)
+                targets = torch.from_numpy(wanted.target_ids[part].astype(np.int64)).to(self.device)
+                logits = self._logits(hidden, replace(step, logits_rows=rows))
+                parts.append(self.sampler.prompt_logprobs(logits, targets, wanted.top_n))
+            results.append(_joined(parts))
+        return results
+
+
+def _joined(parts: "list[list[TokenLogprobs]]") -> "Callable[[], list[TokenLogprobs]]":
+    return lambda: [one for part in parts for one in part]
+
+
+def _padding(size: int, padding_row: int, padding_slot: int) -> dict[str, npt.NDArray[Any]]:
+    return {
+        "rows": np.full(size, padding_row, np.int32),
+        "seq_lens": np.ones(size, np.int32),
+        "slots": np.full(size, padding_slot, np.int64),
+        "positions": np.zeros(size, np.int32),
+    }
+
+
+def _padded(plan: StepPlan, size: int, padding_row: int, padding_slot: int) -> dict[str, npt.NDArray[Any]]:
+    """The decode arrays of `plan`, filled up to `size` with the padding row, whose only slot is the padding slot."""
+    arrays = _padding(size, padding_row, padding_slot)
+    for name, values in (("rows", plan.rows), ("seq_lens", plan.seq_lens), ("slots", plan.slots), ("positions", plan.positions)):
+        arrays[name][: len(values)] = values
+    return arrays

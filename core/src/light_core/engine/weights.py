@@ -1,0 +1,251 @@
+"""Fills a model's parameters: from safetensors by a weight plan, or with random numbers.
+
+Each tensor is read once, memory-mapped, and copied straight to its place. Loading checks both ways: every tensor of
+the checkpoint is consumed, every parameter is set. Not here: finding or downloading a checkpoint (`model_files`).
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from light_core.errors import CheckpointError
+from light_core.types import Placement, Shard, WeightPlan
+
+__all__ = ["checkpoint_files", "fill_dummy", "load_weights", "named_parameters"]
+
+Progress = Callable[[float], None]
+INDEX = "model.safetensors.index.json"
+REFUSED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LISTED = 8
+DUMMY_BOUND = 0.035  # uniform in ±0.035 has the standard deviation 0.02 of usual initialisations
+
+
+def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters by their name in weight plans: "pre.…", "layers.{i}.…", "post.…"; tied ones under each name."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
+def load_weights(
+    modules: Mapping[str, nn.Module],
+    plan: WeightPlan,
+    folder: str | Path,
+    device: str | torch.device,
+    progress: Progress | None = None,
+    shard: Shard = Shard(),  # noqa: B008 - frozen
+) -> int:
+    """Reads the checkpoint of `folder` into `modules`.
+
+    Args:
+        modules: "pre", "layers.{i}", "post" and so on to modules whose parameters are on `device`; overwritten.
+        plan: where each tensor goes.
+        folder: holds `*.safetensors`, with or without an index.
+        device: of the parameters.
+        progress: called with the share of bytes read, 0 to 1.
+        shard: tensor-parallel place; a placement's `shard_dim` is cut by it.
+
+    Returns:
+        Bytes read.
+
+    Raises:
+        CheckpointError: no safetensors, a tensor that no placement takes, a parameter that stays unset, or shapes that
+            do not fit; the message lists them.
+    """
+    tie(modules, plan.ties)
+    target = _Target(named_parameters(modules), plan)
+    files = checkpoint_files(folder)
+    total, done = sum(file.stat().st_size for file in files) or 1, 0
+    for file in files:
+        for name, nbytes in _load_file(file, target, shard):
+            del name
+            done += nbytes
+            if progress is not None:
+                progress(min(done / total, 1.0))
+    target.check(Path(folder))
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return done
+
+
+def fill_dummy(modules: Mapping[str, nn.Module], plan: WeightPlan, seed: int) -> None:
+    """Fills every parameter with the same random numbers for the same seed, on its device: matrices uniform with a
+    standard deviation of 0.02, biases zero, other vectors (norm weights) one."""
+    tie(modules, plan.ties)
+    generators: dict[torch.device, torch.Generator] = {}
+    seen: set[int] = set()
+    for name, parameter in named_parameters(modules).items():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        device = parameter.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        data = parameter.data
+        if data.ndim < 2:
+            data.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif data.is_floating_point() and data.element_size() > 1:
+            data.uniform_(-DUMMY_BOUND, DUMMY_BOUND, generator=generators[device])
+        else:
+            data.view(torch.uint8).random_(0, 64, generator=generators[device])  # finite in int8 and in float8
+
+
+def tie(modules: Mapping[str, nn.Module], ties: Mapping[str, str]) -> None:
+    """Makes each parameter of `ties` the same object as the one it names."""
+    for name, other in ties.items():
+        owner, attribute = _owner(modules, name)
+        source, source_attribute = _owner(modules, other)
+        setattr(owner, attribute, getattr(source, source_attribute))
+
+
+def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
+    for prefix, module in modules.items():
+        if name.startswith(prefix + "."):
+            path, _, attribute = name[len(prefix) + 1 :].rpartition(".")
+            return module.get_submodule(path), attribute
+    raise CheckpointError(f"the weight plan ties {name!r}", "no module of the model has that name", "fix the plugin's weight plan")
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint, those of its index where it has one.
+
+    Raises:
+        CheckpointError: none, a missing shard, or only formats that hold pickled objects.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CheckpointError(f"{index} points outside its folder", outside[0], "get the checkpoint from a source that you trust")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} weight files", _listed(missing), "download the rest")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(file.name for pattern in REFUSED for file in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has no safetensors weights",
+            f"{pickled[0]} is a pickle, which can run code when it is read, and is refused",
+            "convert to safetensors: transformers' AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
+        )
+    raise CheckpointError(f"{folder} has no weights", "no *.safetensors file is there", "download them, or use --load-format dummy for random ones")
+
+
+def _load_file(file: Path, target: "_Target", shard: Shard) -> Iterator[tuple[str, int]]:
+    with safe_open(file, framework="pt", device="cpu") as reader:
+        for name in reader.offset_keys():
+            placements = target.take(name, file)
+            if not placements:
+                continue
+            tensor = reader.get_tensor(name)
+            for placement in placements:
+                target.copy(placement, tensor, shard)
+            yield name, tensor.numel() * tensor.element_size()
+
+
+class _Target:
+    """The parameters, what the plan wants in them, and what has arrived."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: WeightPlan) -> None:
+        self._parameters, self._plan = parameters, plan
+        self._ignored = [re.compile(pattern) for pattern in plan.ignored]
+        self._wanted: dict[str, list[Placement]] = defaultdict(list)
+        for placement in plan.placements:
+            if placement.param not in parameters:
+                raise CheckpointError(
+                    f"the weight plan fills {placement.param!r}", "the model has no such parameter", "fix the plugin's weight plan or model"
+                )
+            self._wanted[placement.source].append(placement)
+        self._filled: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._optional: set[str] = {placement.param for placement in plan.placements if placement.optional}
+        self._taken: dict[str, Path] = {}
+        self._unexpected: list[str] = []
+
+    def take(self, name: str, file: Path) -> list[Placement]:
+        """Placements of checkpoint tensor `name`; [] if it is ignored or unexpected."""
+        short = self._strip(name)
+        if short in self._taken:
+            raise CheckpointError(f"tensor {name!r} is twice in the checkpoint", f"in {self._taken[short].name} and {file.name}", "remove one file")
+        if short in self._wanted:
+            self._taken[short] = file
+            return self._wanted[short]
+        if not any(pattern.fullmatch(name) or pattern.fullmatch(short) for pattern in self._ignored):
+            self._unexpected.append(name)
+        return []
+
+    def _strip(self, name: str) -> str:
+        for prefix in self._plan.prefixes:
+            if name.startswith(prefix) and name not in self._wanted:
+                return name[len(prefix) :]
+        return name
+
+    def copy(self, placement: Placement, tensor: torch.Tensor, shard: Shard) -> None:
+        """Copies `tensor` to where `placement` says."""
+        original = tuple(tensor.shape)
+        if placement.shard_dim is not None and shard.size > 1:
+            part = tensor.shape[placement.shard_dim] // shard.size
+            tensor = tensor.narrow(placement.shard_dim, shard.rank * part, part)
+        if placement.transform is not None:
+            tensor = placement.transform(tensor)
+        parameter = self._parameters[placement.param].data
+        rows = parameter.shape[0] if placement.rows is None and parameter.ndim else (placement.rows or 0)
+        place = parameter.narrow(0, placement.offset, rows) if parameter.ndim and placement.offset + rows <= parameter.shape[0] else parameter
+        if place.shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor {placement.source!r} does not fit parameter {placement.param!r}",
+                f"checkpoint {original} gives {tuple(tensor.shape)}, the configuration asks for {tuple(place.shape)}",
+                "check that config.json belongs to these weights",
+            )
+        place.copy_(tensor, non_blocking=True)
+        self._filled[placement.param].append((placement.offset, placement.offset + rows))
+
+    def check(self, folder: Path) -> None:
+        """Raises `CheckpointError` unless every tensor was consumed and every parameter set."""
+        problems = []
+        if self._unexpected:
+            problems.append(f"{len(self._unexpected)} tensors are not in the weight plan: {_listed(self._unexpected)}")
+        tied: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self._parameters.items():
+            tied[id(parameter)].append(name)
+        unset = [names[0] for names in tied.values() if not self._complete(names)]
+        if unset:
+            problems.append(f"{len(unset)} parameters are not set: {_listed(unset)}")
+        if problems:
+            raise CheckpointError(
+                f"the checkpoint in {folder} does not fit the model", "; ".join(problems), "check that config.json belongs to these weights"
+            )
+
+    def _complete(self, names: list[str]) -> bool:
+        """Whether the parameter that `names` all refer to (several where it is tied) was filled from end to end."""
+        if any(name in self._optional for name in names):
+            return True
+        parameter = self._parameters[names[0]]
+        rows = parameter.shape[0] if parameter.ndim else 0
+        return any(name in self._filled and _covers(self._filled[name], rows) for name in names)
+
+
+def _covers(runs: list[tuple[int, int]], rows: int) -> bool:
+    """Whether `runs` follow each other from 0 to `rows`."""
+    end = 0
+    for begin, stop in sorted(runs):
+        if begin != end:
+            return False
+        end = stop
+    return end == rows
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

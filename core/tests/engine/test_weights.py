@@ -1,0 +1,130 @@
+"""The weight loader: placements, completeness both ways, refused formats."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from light_core.engine.weights import checkpoint_files, fill_dummy, load_weights, named_parameters
+from light_core.errors import CheckpointError
+from light_core.types import Placement, Shard, WeightPlan
+from safetensors.torch import save_file
+from torch import nn
+
+
+def modules(**shapes: tuple[int, ...]) -> dict[str, nn.Module]:
+    """Modules "pre", "layers.0" and "post" with NaN parameters: `pre_w=(4, 2)` makes pre.w."""
+    built: dict[str, nn.Module] = {"pre": nn.Module(), "layers.0": nn.Module(), "post": nn.Module()}
+    for name, shape in shapes.items():
+        prefix, _, attribute = name.partition("_")
+        owner = built["layers.0" if prefix == "layer" else prefix]
+        owner.register_parameter(attribute, nn.Parameter(torch.full(shape, float("nan")), requires_grad=False))
+    return built
+
+
+def test_merges_slices_and_transforms(tmp_path: Path) -> None:
+    q, k, t = torch.randn(4, 3), torch.randn(2, 3), torch.randn(3, 5)
+    save_file({"q": q, "k": k}, tmp_path / "a.safetensors")
+    save_file({"t": t}, tmp_path / "b.safetensors")
+    built = modules(layer_qk=(6, 3), post_t=(5, 3))
+    plan = WeightPlan(
+        (
+            Placement("q", "layers.0.qk", 0, 4),
+            Placement("k", "layers.0.qk", 4, 2),
+            Placement("t", "post.t", transform=lambda x: x.T),
+        )
+    )
+    seen: list[float] = []
+    load_weights(built, plan, tmp_path, "cpu", seen.append)
+    parameters = named_parameters(built)
+    assert torch.equal(parameters["layers.0.qk"], torch.cat([q, k]))
+    assert torch.equal(parameters["post.t"], t.T)
+    assert seen == sorted(seen) and 0 < seen[-1] <= 1
+
+
+def test_one_tensor_may_fill_two_parameters(tmp_path: Path) -> None:
+    both = torch.randn(4, 3)
+    save_file({"both": both}, tmp_path / "model.safetensors")
+    built = modules(layer_a=(1, 3), layer_b=(3, 3))
+    plan = WeightPlan(
+        (Placement("both", "layers.0.a", transform=lambda x: x[:1]), Placement("both", "layers.0.b", transform=lambda x: x[1:]))
+    )
+    load_weights(built, plan, tmp_path, "cpu")
+    assert torch.equal(named_parameters(built)["layers.0.b"], both[1:])
+
+
+def test_shard_reads_its_own_part(tmp_path: Path) -> None:
+    w = torch.arange(24.0).view(4, 6)
+    save_file({"w": w}, tmp_path / "model.safetensors")
+    built = modules(layer_w=(4, 3))
+    load_weights(built, WeightPlan((Placement("w", "layers.0.w", shard_dim=1),)), tmp_path, "cpu", shard=Shard(1, 2))
+    assert torch.equal(named_parameters(built)["layers.0.w"], w[:, 3:])
+
+
+def test_ties_share_memory(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    built = modules(pre_w=(2, 2), post_w=(2, 2))
+    load_weights(built, WeightPlan((Placement("w", "pre.w"),), ties={"post.w": "pre.w"}), tmp_path, "cpu")
+    parameters = named_parameters(built)
+    assert parameters["post.w"] is parameters["pre.w"]
+    assert torch.equal(parameters["post.w"], torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "plan", "words"),
+    [
+        ({"w": (2, 2), "extra": (1,)}, WeightPlan((Placement("w", "pre.w"),)), ["not in the weight plan", "extra"]),
+        ({"other": (1,)}, WeightPlan((Placement("w", "pre.w"),), ignored=("other",)), ["not set", "pre.w"]),
+        ({"a": (1, 2)}, WeightPlan((Placement("a", "pre.w", 0, 1),)), ["not set", "pre.w"]),
+        ({"w": (2, 3)}, WeightPlan((Placement("w", "pre.w"),)), ["(2, 3)", "(2, 2)"]),
+        ({"w": (2, 2)}, WeightPlan((Placement("w", "pre.nothing"),)), ["pre.nothing", "no such parameter"]),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, tensors: dict[str, tuple[int, ...]], plan: WeightPlan, words: list[str]) -> None:
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(modules(pre_w=(2, 2)), plan, tmp_path, "cpu")
+    assert all(word in caught.value.block() for word in words)
+
+
+def test_prefixes_ignored_and_optional(tmp_path: Path) -> None:
+    save_file({"model.w": torch.ones(2, 2), "model.inv_freq": torch.ones(3)}, tmp_path / "model.safetensors")
+    built = modules(pre_w=(2, 2), pre_b=(2,))
+    built["pre"].b.data.zero_()
+    plan = WeightPlan((Placement("w", "pre.w"), Placement("b", "pre.b", optional=True)), ignored=(r".*inv_freq",), prefixes=("model.",))
+    load_weights(built, plan, tmp_path, "cpu")
+    assert torch.equal(named_parameters(built)["pre.b"], torch.zeros(2))
+
+
+def test_duplicate_tensor_is_an_error(tmp_path: Path) -> None:
+    for name in "ab":
+        save_file({"w": torch.zeros(2, 2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match="twice"):
+        load_weights(modules(pre_w=(2, 2)), WeightPlan((Placement("w", "pre.w"),)), tmp_path, "cpu")
+
+
+def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint_files(tmp_path)
+    assert "pytorch_model.bin" in caught.value.block() and "save_pretrained" in caught.value.remedy
+
+
+def test_index_names_missing_and_outside_files(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "one.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 1"):
+        checkpoint_files(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"w": "../../secret.safetensors"}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        checkpoint_files(tmp_path)
+
+
+def test_dummy_weights_repeat_and_are_finite() -> None:
+    plan = WeightPlan(())
+    first, second = modules(pre_w=(8, 8), pre_bias=(8,), post_n=(8,)), modules(pre_w=(8, 8), pre_bias=(8,), post_n=(8,))
+    fill_dummy(first, plan, seed=3)
+    fill_dummy(second, plan, seed=3)
+    one, two = named_parameters(first), named_parameters(second)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert 0.01 < one["pre.w"].std() < 0.03 and one["pre.bias"].abs().max() == 0 and one["post.n"].min() == 1

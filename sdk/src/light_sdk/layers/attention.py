@@ -1,0 +1,67 @@
+"""Attention over token-indexed KV, and the slopes of ALiBi."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from light_core.types import KVView, ModelContext, Step
+
+__all__ = ["Attention", "alibi_slopes"]
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The slope of each head (arXiv 2108.12409, section 3).
+
+    For a power of two they are the geometric series that starts with and has the ratio 2^(-8/n). Otherwise the series
+    of the next lower power of two is followed by every other slope of the next higher one, as in the authors' code.
+    """
+
+    def series(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (head + 1) / n) for head in range(n)]
+
+    lower = 1 << int(math.log2(num_heads))
+    return series(lower) + series(2 * lower)[0::2][: num_heads - lower]
+
+
+class Attention(nn.Module):
+    """Writes the step's keys and values to the layer's KV, then attends causally over each request's past.
+
+    Args:
+        model: the model being built.
+        num_heads: of queries.
+        num_kv_heads: of keys and values; divides `num_heads`.
+        head_dim: of all three.
+        scale: of the scores; None is head_dim ** -0.5.
+        window: a query sees itself and the `window - 1` tokens before it; None for all.
+        slopes: of ALiBi, one a head; None for no bias.
+    """
+
+    def __init__(
+        self,
+        model: ModelContext,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float | None = None,
+        window: int | None = None,
+        slopes: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.window = window
+        values = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=model.device)
+        self.register_buffer("slopes", values, persistent=False)
+        self._write_kv = model.ops.select("write_kv", num_kv_heads=num_kv_heads, head_dim=head_dim)
+        self._attention = model.ops.select(
+            "attention", num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, alibi=slopes is not None, window=window
+        )
+
+    def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
+        """A new `[T, H * D]`; `kv` takes the keys and values at `step.slots`."""
+        self._write_kv(k_TKD, v_TKD, kv["k"], kv["v"], step.slots)
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        self._attention(out_THD, q_THD, kv["k"], kv["v"], step, self.scale, self.window, self.slopes)
+        return out_THD.flatten(1)

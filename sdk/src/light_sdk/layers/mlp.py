@@ -1,0 +1,56 @@
+"""Feed-forward blocks: plain and gated."""
+
+import torch
+from torch import nn
+
+from light_core.types import ModelContext
+from light_sdk.layers.linear import Linear, MergedLinear
+from light_sdk.ops.activation.reference import canonical_name
+
+__all__ = ["MLP", "GatedMLP"]
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (SwiGLU and its kin, arXiv 2002.05202); parameters "gate_up.…" and "down.…".
+
+    Args:
+        model: the model being built.
+        hidden_size, intermediate_size: widths outside and inside.
+        activation: as `hidden_act` spells it.
+        bias: whether both products have one.
+
+    Raises:
+        ConfigError: the activation is not known.
+    """
+
+    def __init__(self, model: ModelContext, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.activation = canonical_name(activation)
+        self.gate_up = MergedLinear(model, hidden_size, (intermediate_size, intermediate_size), bias)
+        self.down = Linear(model, intermediate_size, hidden_size, bias)
+        self._act_and_mul = model.ops.select("act_and_mul", activation=self.activation, intermediate_size=intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, E]` to a new `[T, E]`."""
+        both = self.gate_up(x)
+        inner = both.new_empty(both.shape[0], both.shape[1] // 2)
+        self._act_and_mul(inner, both, self.activation)
+        out: torch.Tensor = self.down(inner)
+        return out
+
+
+class MLP(nn.Module):
+    """down(act(up(x))); parameters "up.…" and "down.…". Arguments as those of `GatedMLP`."""
+
+    def __init__(self, model: ModelContext, hidden_size: int, intermediate_size: int, activation: str, bias: bool = True) -> None:
+        super().__init__()
+        self.activation = canonical_name(activation)
+        self.up = Linear(model, hidden_size, intermediate_size, bias)
+        self.down = Linear(model, intermediate_size, hidden_size, bias)
+        self._activation = model.ops.select("activation", activation=self.activation, intermediate_size=intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, E]` to a new `[T, E]`."""
+        inner = self.up(x)
+        self._activation(inner, inner, self.activation)
+        out: torch.Tensor = self.down(inner)
+        return out

@@ -1,0 +1,10 @@
+"""The SDK's ops, one folder each: `reference.py` defines it in plain torch, `kernel.py` is Triton, `cpu.py` is faster torch.
+
+    linear       F.linear                                    rotary       rotary position embedding, in place
+    rms_norm     RMSNorm, residual addition fused            write_kv     keys and values of a step into the KV pool
+    layer_norm   LayerNorm, residual addition fused          act_and_mul  gated activation (SwiGLU, GEGLU)
+    attention    causal attention over token-indexed KV      activation   element-wise activation
+
+Models never import from here: they ask `model.ops.select("<op>", **facts)` while layers are built. Registered in
+`light_sdk.hooks`. Shapes follow the legend of `light_core.types`.
+"""

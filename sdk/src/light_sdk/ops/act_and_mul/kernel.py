@@ -1,0 +1,40 @@
+"""`act_and_mul` in Triton: a grid of tokens by blocks of the inner size. Bound by memory."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from light_sdk.ops.activation.kernel import apply_activation
+from light_sdk.ops.activation.reference import canonical_name
+
+__all__ = ["act_and_mul"]
+
+MAX_BLOCK = 2048
+
+
+@triton.jit
+def _act_and_mul_kernel(
+    out_ptr: Any, x_ptr: Any, out_stride_t: Any, x_stride_t: Any, SIZE: tl.constexpr, NAME: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    t = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    gate = tl.load(x_ptr + t * x_stride_t + columns, mask=mask, other=0.0)
+    value = tl.load(x_ptr + t * x_stride_t + SIZE + columns, mask=mask, other=0.0)
+    result = apply_activation(gate.to(tl.float32), NAME) * value.to(tl.float32)
+    tl.store(out_ptr + t * out_stride_t + columns, result.to(gate.dtype), mask=mask)
+
+
+def act_and_mul(out_TI: torch.Tensor, x_T2I: torch.Tensor, activation: str) -> None:
+    """As the reference. The last dimension of each tensor is dense."""
+    name = canonical_name(activation)
+    num_tokens, size = out_TI.shape
+    if num_tokens == 0:
+        return
+    assert out_TI.stride(-1) == x_T2I.stride(-1) == 1
+    block = min(triton.next_power_of_2(size), MAX_BLOCK)
+    _act_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
+        out_TI, x_T2I, out_TI.stride(0), x_T2I.stride(0), SIZE=size, NAME=name, BLOCK=block, num_warps=4
+    )

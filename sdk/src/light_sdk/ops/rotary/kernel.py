@@ -1,0 +1,92 @@
+"""`rotary` in Triton: one program a token turns its queries and keys in place. Bound by memory."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["rotary"]
+
+
+@triton.jit
+def _rotate_heads(
+    ptr: Any,
+    stride_h: Any,
+    cos: Any,
+    sin: Any,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+) -> None:
+    """Turns the heads of one token, at `ptr`."""
+    heads, pairs = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    mask = (heads < NUM_HEADS) & (pairs < HALF)
+    if INTERLEAVED:
+        first = ptr + heads * stride_h + 2 * pairs
+        second = first + 1
+    else:
+        first = ptr + heads * stride_h + pairs
+        second = first + HALF
+    a = tl.load(first, mask=mask, other=0.0)
+    b = tl.load(second, mask=mask, other=0.0)
+    left, right = a.to(tl.float32), b.to(tl.float32)
+    tl.store(first, (left * cos - right * sin).to(a.dtype), mask=mask)
+    tl.store(second, (right * cos + left * sin).to(b.dtype), mask=mask)
+
+
+@triton.jit
+def _rotary_kernel(
+    q_ptr: Any,
+    k_ptr: Any,
+    cos_sin_ptr: Any,
+    q_stride_t: Any,
+    q_stride_h: Any,
+    k_stride_t: Any,
+    k_stride_h: Any,
+    cos_sin_stride_t: Any,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+) -> None:
+    t = tl.program_id(0).to(tl.int64)
+    pairs = tl.arange(0, BLOCK_HALF)[None, :]
+    cos = tl.load(cos_sin_ptr + t * cos_sin_stride_t + pairs, mask=pairs < HALF, other=0.0)
+    sin = tl.load(cos_sin_ptr + t * cos_sin_stride_t + HALF + pairs, mask=pairs < HALF, other=0.0)
+    _rotate_heads(q_ptr + t * q_stride_t, q_stride_h, cos, sin, NUM_HEADS, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF)
+    _rotate_heads(k_ptr + t * k_stride_t, k_stride_h, cos, sin, NUM_KV_HEADS, HALF, INTERLEAVED, BLOCK_K, BLOCK_HALF)
+
+
+def rotary(q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_sin_TR: torch.Tensor, interleaved: bool = False) -> None:
+    """As the reference. The last dimension of each tensor is dense."""
+    (num_tokens, num_heads, _), num_kv_heads = q_THD.shape, k_TKD.shape[1]
+    if num_tokens == 0:
+        return
+    assert q_THD.stride(-1) == k_TKD.stride(-1) == cos_sin_TR.stride(-1) == 1
+    half = cos_sin_TR.shape[-1] // 2
+    block_half = triton.next_power_of_2(half)
+    block_h = triton.next_power_of_2(num_heads)
+    _rotary_kernel[(num_tokens,)](
+        q_THD,
+        k_TKD,
+        cos_sin_TR,
+        q_THD.stride(0),
+        q_THD.stride(1),
+        k_TKD.stride(0),
+        k_TKD.stride(1),
+        cos_sin_TR.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HALF=half,
+        INTERLEAVED=interleaved,
+        BLOCK_H=block_h,
+        BLOCK_K=triton.next_power_of_2(num_kv_heads),
+        BLOCK_HALF=block_half,
+        num_warps=min(max(block_h * block_half // 512, 1), 8),
+    )

@@ -1,0 +1,67 @@
+"""`write_kv` in Triton: one program a token. Bound by memory; offsets into the pool are int64."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["write_kv"]
+
+
+@triton.jit
+def _write_kv_kernel(
+    k_ptr: Any,
+    v_ptr: Any,
+    k_cache_ptr: Any,
+    v_cache_ptr: Any,
+    slots_ptr: Any,
+    k_stride_t: Any,
+    k_stride_h: Any,
+    v_stride_t: Any,
+    v_stride_h: Any,
+    k_cache_stride_s: Any,
+    k_cache_stride_h: Any,
+    v_cache_stride_s: Any,
+    v_cache_stride_h: Any,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + t).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    head, d = index // HEAD_DIM, index % HEAD_DIM
+    mask = index < NUM_KV_HEADS * HEAD_DIM
+    k = tl.load(k_ptr + t * k_stride_t + head * k_stride_h + d, mask=mask, other=0.0)
+    v = tl.load(v_ptr + t * v_stride_t + head * v_stride_h + d, mask=mask, other=0.0)
+    tl.store(k_cache_ptr + slot * k_cache_stride_s + head * k_cache_stride_h + d, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_cache_ptr + slot * v_cache_stride_s + head * v_cache_stride_h + d, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
+
+
+def write_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor, k_cache_SKD: torch.Tensor, v_cache_SKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+    """As the reference. The last dimension of each tensor is dense."""
+    num_tokens, num_kv_heads, head_dim = k_TKD.shape
+    if num_tokens == 0:
+        return
+    assert k_TKD.stride(-1) == v_TKD.stride(-1) == k_cache_SKD.stride(-1) == v_cache_SKD.stride(-1) == 1
+    block = triton.next_power_of_2(num_kv_heads * head_dim)
+    _write_kv_kernel[(num_tokens,)](
+        k_TKD,
+        v_TKD,
+        k_cache_SKD,
+        v_cache_SKD,
+        slots_T,
+        k_TKD.stride(0),
+        k_TKD.stride(1),
+        v_TKD.stride(0),
+        v_TKD.stride(1),
+        k_cache_SKD.stride(0),
+        k_cache_SKD.stride(1),
+        v_cache_SKD.stride(0),
+        v_cache_SKD.stride(1),
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 8),
+    )
