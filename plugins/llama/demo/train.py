@@ -41,12 +41,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Token ids are the positions in this list.
 BOS, EOS, PAD, END = SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|pad|>", "<|end|>"]
@@ -252,9 +247,6 @@ def create_conversations(documents: list[list[str]], rng: random.Random) -> list
     return conversations
 
 
-# The tokenizer and the token streams.
-
-
 def train_tokenizer(documents: list[list[str]], recipe: Recipe) -> PreTrainedTokenizerFast:
     """A byte-level BPE with the special tokens and the chat template; it prepends `<|bos|>`."""
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -332,9 +324,6 @@ def create_chat_stream(
     return Stream(torch.tensor(ids, device=device), torch.tensor(starts))
 
 
-# The model and its training.
-
-
 def create_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A freshly initialised model, float32, on the CPU."""
     config = LlamaConfig(
@@ -374,7 +363,10 @@ def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
 
 
 def token_losses(model: torch.nn.Module, rows_BS: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in nats of every token but each row's first, (B, S - 1), float32."""
+    """Cross entropy in nats of every token but each row's first, (B, S - 1), float32.
+
+    B rows, S tokens in each, V tokens in the vocabulary.
+    """
     with torch.autocast(rows_BS.device.type, torch.bfloat16):
         logits_BSV = model(input_ids=rows_BS[:, :-1], use_cache=False).logits
     targets_BS = rows_BS[:, 1:]
@@ -461,9 +453,6 @@ def train(
         "first_loss": losses[0].item(),
         "last_loss": torch.stack(losses[-50:]).mean().item(),
     }
-
-
-# The result.
 
 
 @torch.no_grad()

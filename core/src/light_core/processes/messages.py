@@ -9,7 +9,7 @@ message names a request by slot and generation; one whose generation is past is 
 frame that is not one of these structs is a `MessageError`, and receivers log and drop it.
 """
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
@@ -22,12 +22,13 @@ __all__ = [
     "Drain",
     "EngineDead",
     "Failure",
+    "MessageDecoder",
     "MessageError",
     "Open",
     "Progress",
     "StepUpdate",
-    "StopHit",
     "Stop",
+    "StopHit",
     "Submit",
     "TextUpdate",
     "TextUpdates",
@@ -35,7 +36,6 @@ __all__ = [
     "ToDetokenizer",
     "ToEngine",
     "ToSupervisor",
-    "decoder_of",
     "encode",
 ]
 
@@ -219,17 +219,17 @@ encode = _encoder.encode
 T = TypeVar("T")
 
 
-class decoder_of:  # noqa: N801
-    """A decoder of one direction's messages, for `channels.Receiver` and the guards.
+class MessageDecoder(Generic[T]):
+    """Reads the messages of one direction.
 
     Args:
-        kind: the union of structs that may come.
+        kind: the struct, or the union of structs, that may come.
     """
 
-    def __init__(self, kind: object) -> None:
-        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(kind)  # type: ignore[arg-type]
+    def __init__(self, kind: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
 
-    def __call__(self, frame: bytes) -> object:
+    def decode(self, frame: bytes) -> T:
         """Raises `MessageError` for anything but a message of this kind."""
         try:
             return self._decoder.decode(frame)

@@ -63,6 +63,10 @@ class BodyDecoder:
             raise HTTPProblem(400, f"the body is not valid JSON: {_plain(str(error))}", code="invalid_json") from error
         if not isinstance(raw, dict):
             raise HTTPProblem(400, "the body must be a JSON object", code="invalid_json")
+        return self.convert(raw, kind)
+
+    def convert(self, raw: dict[str, Any], kind: type[T]) -> T:
+        """As `decode`, of an object that is decoded already."""
         known = kind.__struct_encode_fields__
         self._warn({name for name in raw if name not in known})
         try:

@@ -6,10 +6,24 @@ from light_core.errors import ConfigError
 
 __all__ = ["ServerSettings"]
 
-_POSITIVE = (
-    "max_body_bytes max_header_bytes max_header_count header_timeout_s body_timeout_s keep_alive_timeout_s write_timeout_s max_connections "
-    "max_prompts max_outputs max_messages max_logprobs tokenizer_threads max_pending_tokenizations template_timeout_s retry_after_s"
-).split()
+_POSITIVE = [
+    "max_body_bytes",
+    "max_header_bytes",
+    "max_header_count",
+    "header_timeout_s",
+    "body_timeout_s",
+    "keep_alive_timeout_s",
+    "write_timeout_s",
+    "max_connections",
+    "max_prompts",
+    "max_outputs",
+    "max_messages",
+    "max_logprobs",
+    "tokenizer_threads",
+    "max_pending_tokenizations",
+    "template_timeout_s",
+    "retry_after_s",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +31,7 @@ class ServerSettings:
     """What the HTTP server offers and how much a client may ask of it.
 
     Attributes:
-        served_model_names: names that requests may use in `model`; answers carry the first.
+        served_model_names: names that requests may use in `model`; the first stands for a request that names none.
         api_keys: any of them opens the server (`Authorization: Bearer …`); empty asks for none.
         allowed_origins: origins that browsers may call from (CORS), "*" for any; empty allows none.
         chat_template: Jinja source that replaces the tokenizer's.

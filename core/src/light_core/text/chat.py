@@ -1,7 +1,7 @@
 """Conversations to prompt text: the model's Jinja template, with Hugging Face's conventions, in a bounded sandbox.
 
 A template comes with a model, so it is not trusted: it sees plain JSON data, and it may not run longer than a deadline
-nor build values over a size. Not here: parsing of requests, tokenisation. Callers: the HTTP server, the offline API.
+nor build values over a size. Not here: tokenisation. Callers: the HTTP server, the offline API.
 """
 
 import datetime
@@ -9,9 +9,10 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
@@ -22,13 +23,42 @@ from jinja2.visitor import NodeTransformer
 
 from light_core.errors import ModelError, RequestError
 
-__all__ = ["RESERVED_VARIABLES", "ChatTemplate", "choose_template"]
+if TYPE_CHECKING:
+    from light_core.text.tokenizer import Tokenizer
+
+__all__ = ["RESERVED_VARIABLES", "ChatTemplate", "choose_template", "map_strings", "plain_messages", "render_chat"]
 
 RESERVED_VARIABLES = frozenset(
-    "messages tools documents conversation chat_template tokenize tokenizer return_tensors return_dict padding truncation max_length "
-    "add_generation_prompt continue_final_message raise_exception strftime_now namespace dict range lipsum cycler joiner self".split()
+    [
+        "messages",
+        "tools",
+        "documents",
+        "conversation",
+        "chat_template",
+        "tokenize",
+        "tokenizer",
+        "return_tensors",
+        "return_dict",
+        "padding",
+        "truncation",
+        "max_length",
+        "add_generation_prompt",
+        "continue_final_message",
+        "raise_exception",
+        "strftime_now",
+        "namespace",
+        "dict",
+        "range",
+        "lipsum",
+        "cycler",
+        "joiner",
+        "self",
+    ]
 )
 """Names that `chat_template_kwargs` may not set: they are the server's, or the template language's."""
+
+_TEXT_PARTS = ("text", "input_text", "refusal")
+_MAX_ROLE_CHARS = 64
 
 CONTINUE_MARK = "\ufdd1"
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{5,})")
@@ -47,7 +77,9 @@ class ChatTemplate:
         ModelError: the source is not a valid template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, *, timeout_s: float = 5.0, max_chars: int = 8 << 20) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, *, timeout_s: float = 5.0, max_chars: int = 8 << 20
+    ) -> None:
         self._environment = _Environment(timeout_s, max_chars)
         self._special_tokens = dict(special_tokens or {})
         try:
@@ -112,6 +144,103 @@ def choose_template(template: str | Mapping[str, str] | None, with_tools: bool) 
     if template is None or isinstance(template, str):
         return template
     return template.get("tool_use" if with_tools and "tool_use" in template else "default")
+
+
+def render_chat(tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], *, template: str | None = None, **options: Any) -> str:
+    """The prompt text of one conversation, with the tokenizer's template or `template`.
+
+    Args:
+        tokenizer: gives the template and the special tokens.
+        messages: as clients of the chat API send them.
+        template: Jinja source that replaces the tokenizer's.
+        **options: as `ChatTemplate.render` has them.
+
+    Raises:
+        RequestError: there is no template, or it refuses the messages.
+        ModelError: the template cannot be compiled.
+    """
+    source = template or choose_template(tokenizer.chat_template, bool(options.get("tools")))
+    if not source:
+        raise RequestError("this model has no chat template", "messages")
+    return ChatTemplate(source, tokenizer.special_tokens_map).render(plain_messages(messages), **options)
+
+
+def plain_messages(messages: Sequence[Mapping[str, Any]], change: Callable[[str], str] | None = None) -> list[dict[str, Any]]:
+    """Messages as templates expect them: `content` a string, tool arguments an object, no null.
+
+    Args:
+        messages: as clients send them.
+        change: applied to the texts of every message but the assistant's, whose text is the model's own.
+
+    Raises:
+        RequestError: a message has no role, or content that is not text.
+    """
+    return [_plain_message(index, message, change) for index, message in enumerate(messages)]
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` (plain JSON data) with `change` applied to every string in it, but not to roles and names of fields."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {name: item if name == "role" else map_strings(item, change) for name, item in value.items()}
+    return value
+
+
+def _plain_message(index: int, message: Mapping[str, Any], change: Callable[[str], str] | None) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str) or not 0 < len(role) <= _MAX_ROLE_CHARS:
+        raise RequestError(f"messages[{index}].role must be a string of 1 to {_MAX_ROLE_CHARS} characters", "messages")
+    plain: dict[str, Any] = {name: value for name, value in message.items() if value is not None}
+    plain["role"] = "system" if role == "developer" else role
+    plain["content"] = _content(index, message.get("content"))
+    if "tool_calls" in plain:
+        plain["tool_calls"] = _tool_calls(index, plain["tool_calls"])
+    if change is not None and role != "assistant":
+        plain = map_strings(plain, change)
+    return plain
+
+
+def _content(index: int, content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"messages[{index}].content must be a string, null or a list of parts", "messages")
+    texts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS:
+            raise RequestError(f"messages[{index}].content: this model takes parts of type text, got {kind!r:.60}", "messages")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise RequestError(f"messages[{index}].content: a part of type {kind} needs a string", "messages")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RequestError(f"messages[{index}].tool_calls must be a list of objects", "messages")
+    plain = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            call = {**call, "function": {**function, "arguments": _arguments(function["arguments"])}}
+        plain.append(call)
+    return plain
+
+
+def _arguments(text: str) -> Any:
+    # Templates expect the object. What a model wrote need not be JSON; it then stays text.
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def _plain(error: TemplateError) -> str:
@@ -210,7 +339,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.check(len(value) if isinstance(value, (str, list, tuple)) else 0)
         return value
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # The odd names leave every keyword to the template, as in the base class.
         __self.check()
         return __self._bounded(super().call(__context, __obj, *args, **kwargs))

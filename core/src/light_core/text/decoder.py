@@ -68,9 +68,7 @@ class Detokenizer:
         if self._backend is not None:
             text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         else:
-            text = self._tokenizer.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
+            text = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

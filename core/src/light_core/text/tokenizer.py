@@ -40,7 +40,9 @@ class Tokenizer:
         generation_defaults: sampling defaults of the model, names of `GENERATION_DEFAULTS`.
     """
 
-    def __init__(self, hf: Any, eos_token_ids: frozenset[int] = frozenset(), generation_defaults: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, hf: Any, eos_token_ids: frozenset[int] = frozenset(), generation_defaults: Mapping[str, float] | None = None
+    ) -> None:
         self._hf = hf
         self._lock = threading.Lock()
         # transformers sets truncation on the shared Rust object in each call, which is not safe across threads; the
@@ -149,7 +151,9 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False).encode()
 
 
-def load_tokenizer(folder: str | os.PathLike[str], *, revision: str | None = None, model_folder: str | os.PathLike[str] | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: str | os.PathLike[str], *, revision: str | None = None, model_folder: str | os.PathLike[str] | None = None
+) -> Tokenizer:
     """Loads the tokenizer of a model. Code that a repository brings along is never run.
 
     Args:

@@ -9,6 +9,7 @@ from light_sdk.ops.activation.reference import canonical_name
 
 __all__ = ["MLP", "GatedMLP"]
 
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (SwiGLU and its kin, arXiv 2002.05202); parameters "gate_up.…" and "down.…".
 

@@ -116,7 +116,7 @@ class RopeParameters:
             return math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_len))
         mscale, mscale_all_dim = self.scaling.get("mscale"), self.scaling.get("mscale_all_dim")
         if mscale and mscale_all_dim:
-            return (0.1 * mscale * math.log(self.factor) + 1.0) / (0.1 * mscale_all_dim * math.log(self.factor) + 1.0)
+            return float((0.1 * mscale * math.log(self.factor) + 1.0) / (0.1 * mscale_all_dim * math.log(self.factor) + 1.0))
         return 0.1 * math.log(self.factor) + 1.0
 
     def exponents(self) -> torch.Tensor:
@@ -130,7 +130,7 @@ class RopeParameters:
             long: for longrope, those of requests beyond the original length. For dynamic, the result holds up to the
                 original length; `dynamic_base` has the rest.
         """
-        frequencies = self.theta**-self.exponents()
+        frequencies = 1.0 / self.theta ** self.exponents()
         if self.rope_type == "linear":
             return frequencies / self.factor
         if self.rope_type == "llama3":
@@ -152,7 +152,7 @@ class RopeParameters:
 
     def _llama3(self, frequencies: torch.Tensor) -> torch.Tensor:
         """Long wavelengths are interpolated, short ones kept, and those between blended."""
-        low, high = self.scaling["low_freq_factor"], self.scaling["high_freq_factor"]
+        low, high = float(self.scaling["low_freq_factor"]), float(self.scaling["high_freq_factor"])
         turns = self.original_len * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return keep * frequencies + (1.0 - keep) * frequencies / self.factor

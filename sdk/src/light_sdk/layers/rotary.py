@@ -27,10 +27,10 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.rope, self.max_len = rope, model.limits.max_model_len
         if rope.rope_type == "dynamic":
-            self.register_buffer("exponents", rope.exponents().to(model.device), persistent=False)
+            self.exponents = nn.Buffer(rope.exponents().to(model.device), persistent=False)
             return
         tables = [self._table(long) for long in ((False, True) if rope.rope_type == "longrope" else (False,))]
-        self.register_buffer("table", torch.cat(tables).to(model.device), persistent=False)
+        self.table = nn.Buffer(torch.cat(tables).to(model.device), persistent=False)
 
     def _table(self, long: bool) -> torch.Tensor:
         """Cosines, then sines, of every position: float32 `[max_model_len, rotary_dim]` on the CPU."""

@@ -9,10 +9,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import torch
 
+from light_core.plugins import ModelRuntime
 from light_core.types import KVLayout, Step
 
 __all__ = ["Driver", "DriverRequest"]
@@ -49,13 +49,13 @@ class Driver:
     """A model, its KV memory, and the requests that hold parts of it.
 
     Args:
-        runtime: what binding a model gives (`light_core.plugins.ModelRuntime`); weights are loaded.
+        runtime: the bound model; weights are loaded.
         num_slots: of the KV pool; the last is for padding and never given out.
         max_num_seqs: requests at a time.
         seed: slots are handed out in an order shuffled by it; None hands them out in ascending order.
     """
 
-    def __init__(self, runtime: Any, num_slots: int = 512, max_num_seqs: int = 8, seed: int | None = None) -> None:
+    def __init__(self, runtime: ModelRuntime, num_slots: int = 512, max_num_seqs: int = 8, seed: int | None = None) -> None:
         self.runtime, self.num_slots = runtime, num_slots
         self.device = torch.device(runtime.model.device)
         self.kv = allocate_kv(runtime.kv_layout, num_slots, self.device)
@@ -104,7 +104,7 @@ class Driver:
         """
         order = sorted(range(len(work)), key=lambda i: not self._is_decode(*work[i]))
         logits = self.run(self.prepare([work[i] for i in order])).float().cpu()
-        parts = logits.split([work[i][1] for i in order])
+        parts = torch.split(logits, [work[i][1] for i in order])
         return [parts[order.index(i)] for i in range(len(work))]
 
     def prepare(self, work: Sequence[tuple[DriverRequest, int]]) -> Step:
@@ -161,14 +161,14 @@ def allocate_kv(layout: KVLayout, num_slots: int, device: torch.device) -> list[
     by_layer: dict[int, dict[str, torch.Tensor]] = {}
     for group in layout.groups:
         for layer_id in group.layers:
-            planes = {plane.name: torch.empty(num_slots, *plane.shape, dtype=getattr(torch, plane.dtype), device=device) for plane in group.planes}
-            for plane in planes.values():
-                poison(plane)
-            by_layer[layer_id] = planes
+            by_layer[layer_id] = {
+                plane.name: poison(torch.empty(num_slots, *plane.shape, dtype=getattr(torch, plane.dtype), device=device))
+                for plane in group.planes
+            }
     assert sorted(by_layer) == list(range(len(by_layer))), "every layer is in exactly one group"
     return [by_layer[layer_id] for layer_id in range(len(by_layer))]
 
 
-def poison(tensor: torch.Tensor) -> None:
-    """Fills with what spoils any result that reads it: NaN, or the largest integer."""
-    tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills `tensor` with what spoils any result that reads it: NaN, or the largest integer."""
+    return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)

@@ -1,12 +1,13 @@
 """What the sampler knows of a request: one row of numbers on the device, flags on the host, and the random numbers.
 
-The layouts here are shared by the host side (`sampler.py`, `state.py`), the reference and the kernels. Not here: any
-tensor.
+The layouts here are shared by the host side (`sampler.py`, `state.py`), the reference and the kernels. Not here: what
+is done with them.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,10 @@ import numpy.typing as npt
 from light_core.engine.requests import EngineRequest
 from light_core.sampling_params import SamplingParams
 
-__all__ = ["RowSpec", "create_row_spec", "uniforms"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Batch", "RowSpec", "create_row_spec", "seed_key", "uniforms"]
 
 # Columns of the parameter table, int32 [max_rows + 1, NUM_PARAMS]; those marked f hold the bits of a float32.
 INV_TEMPERATURE = 0  # f, 1 for greedy rows
@@ -29,6 +33,9 @@ BIAS_SLOT = 8
 BIAS_LEN = 9
 MASK_SLOT = 10
 NUM_PARAMS = 12
+
+IN_PROMPT = -(2**31)
+"""Added once to the count of each token of the prompt: the sign bit. The other 31 bits count the token in the output."""
 
 # Flags of a row in a step.
 RANDOM = 1  # temperature over 0
@@ -60,6 +67,29 @@ _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows of a step that are sampled in one launch: `begin … end - 1` of the step's columns.
+
+    Attributes:
+        columns: int32 [NUM_COLUMNS, at least end], on the device.
+        begin, end: the batch's part of the columns.
+        first_filter: from this one on rows may have top-k, top-p or min-p; `end` if none has.
+        features: all flags of its rows, or-ed.
+        processed: the logits are a buffer of the batch's rows in its order; otherwise row POSITION of the model's.
+    """
+
+    columns: "torch.Tensor"
+    begin: int
+    end: int
+    first_filter: int
+    features: int
+    processed: bool = False
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RowSpec:
     """A request's sampling as the device needs it.
 
@@ -69,15 +99,15 @@ class RowSpec:
         bias: int32 [3, L]: distinct token ids, then the bits of the float32 values added to their logits: once
             `min_tokens` is reached, and before; -inf bans a token.
         allowed: distinct allowed token ids, or None.
-        prompt, output: int32, token ids that penalties count; empty without penalties.
+        counted: int32 [2, N]: token ids of the request so far, and what each adds to the token's count (see
+            `SamplerState.counts`); empty without penalties.
     """
 
     flags: int
     values: npt.NDArray[np.int32]
     bias: npt.NDArray[np.int32]
     allowed: npt.NDArray[np.int32] | None
-    prompt: npt.NDArray[np.int32]
-    output: npt.NDArray[np.int32]
+    counted: npt.NDArray[np.int32]
 
 
 def create_row_spec(request: EngineRequest, output_ids: Sequence[int] | npt.NDArray[np.int32], vocab_size: int) -> RowSpec:
@@ -102,12 +132,13 @@ def create_row_spec(request: EngineRequest, output_ids: Sequence[int] | npt.NDAr
     if params.allowed_token_ids is not None:
         flags |= MASK
         allowed = np.unique(np.asarray(params.allowed_token_ids, np.int32))
-    prompt = output = np.empty(0, np.int32)
+    counted = np.empty((2, 0), np.int32)
     if params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
         flags |= PENALTY
-        prompt, output = _within(request.prompt, vocab_size), _within(np.asarray(output_ids, np.int32), vocab_size)
-        prompt = np.unique(prompt)
-    return RowSpec(flags, values, bias, allowed, prompt, output)
+        prompt = np.unique(_within(request.prompt, vocab_size))
+        output = _within(np.asarray(output_ids, np.int32), vocab_size)
+        counted = np.stack([np.concatenate([prompt, output]), np.concatenate([np.full_like(prompt, IN_PROMPT), np.ones_like(output)])])
+    return RowSpec(flags, values, bias, allowed, counted)
 
 
 def _bias(params: SamplingParams, stop_token_ids: frozenset[int], vocab_size: int) -> npt.NDArray[np.int32]:

@@ -1,7 +1,5 @@
 """`act_and_mul` in Triton: a grid of tokens by blocks of the inner size. Bound by memory."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,13 @@ MAX_BLOCK = 2048
 
 @triton.jit
 def _act_and_mul_kernel(
-    out_ptr: Any, x_ptr: Any, out_stride_t: Any, x_stride_t: Any, SIZE: tl.constexpr, NAME: tl.constexpr, BLOCK: tl.constexpr
+    out_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    out_stride_t: tl.tensor,
+    x_stride_t: tl.tensor,
+    SIZE: tl.constexpr,
+    NAME: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     t = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,5 @@
 """`activation` in Triton, and the element-wise functions that `act_and_mul` shares with it. Bound by memory."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,7 @@ BLOCK = 2048
 
 
 @triton.jit
-def apply_activation(x: Any, NAME: tl.constexpr) -> Any:
+def apply_activation(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
     """The activation of float32 `x`; NAME is canonical."""
     if NAME == "silu":
         return x * tl.sigmoid(x)
@@ -32,7 +30,7 @@ def apply_activation(x: Any, NAME: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _activation_kernel(out_ptr: Any, x_ptr: Any, size: Any, NAME: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> None:
+def _activation_kernel(out_ptr: tl.tensor, x_ptr: tl.tensor, size: tl.tensor, NAME: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> None:
     index = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = index < size
     x = tl.load(x_ptr + index, mask=mask, other=0.0)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-
 from light_core.errors import ConfigError
 
 __all__ = ["activation", "canonical_name", "functional"]

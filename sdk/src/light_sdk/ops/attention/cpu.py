@@ -5,7 +5,6 @@ Decodes of similar length run as one padded batch; prefill chunks one request at
 
 import torch
 import torch.nn.functional as F
-
 from light_core.types import Step
 
 __all__ = ["attention"]
@@ -34,11 +33,12 @@ def attention(
 
 
 def _similar_lengths(lens: list[int], window: int | None) -> list[list[int]]:
-    """Requests grouped so that padding to the longest of a group at most doubles the work."""
+    """Requests grouped by the power of two above their length, so that padding at most doubles the work; the shortest
+    ones (up to 128 tokens) together, where a call costs more than padding."""
     groups: dict[int, list[int]] = {}
     for b, seq_len in enumerate(lens):
         visible = seq_len if window is None else min(seq_len, window)
-        groups.setdefault(max(6, (visible - 1).bit_length()), []).append(b)
+        groups.setdefault(max(7, (visible - 1).bit_length()), []).append(b)
     return list(groups.values())
 
 

@@ -9,7 +9,6 @@ arXiv 2108.12409.
 """
 
 import torch
-
 from light_core.types import Step
 
 __all__ = ["attention"]

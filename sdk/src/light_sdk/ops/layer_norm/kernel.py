@@ -2,8 +2,6 @@
 values. Bound by memory, as `rms_norm`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,21 +11,21 @@ __all__ = ["layer_norm"]
 
 @triton.jit
 def _layer_norm_kernel(
-    out_ptr: Any,
-    x_ptr: Any,
-    weight_ptr: Any,
-    bias_ptr: Any,
-    residual_ptr: Any,
-    out_stride_t: Any,
-    out_stride_h: Any,
-    x_stride_t: Any,
-    x_stride_h: Any,
-    residual_stride_t: Any,
-    residual_stride_h: Any,
-    weight_stride_h: Any,
-    bias_stride_h: Any,
-    eps: Any,
-    num_heads: Any,
+    out_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_stride_t: tl.tensor,
+    out_stride_h: tl.tensor,
+    x_stride_t: tl.tensor,
+    x_stride_h: tl.tensor,
+    residual_stride_t: tl.tensor,
+    residual_stride_h: tl.tensor,
+    weight_stride_h: tl.tensor,
+    bias_stride_h: tl.tensor,
+    eps: tl.tensor,
+    num_heads: tl.tensor,
     SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,

@@ -1,7 +1,5 @@
 """`rotary` in Triton: one program a token turns its queries and keys in place. Bound by memory."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -11,10 +9,10 @@ __all__ = ["rotary"]
 
 @triton.jit
 def _rotate_heads(
-    ptr: Any,
-    stride_h: Any,
-    cos: Any,
-    sin: Any,
+    ptr: tl.tensor,
+    stride_h: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -39,14 +37,14 @@ def _rotate_heads(
 
 @triton.jit
 def _rotary_kernel(
-    q_ptr: Any,
-    k_ptr: Any,
-    cos_sin_ptr: Any,
-    q_stride_t: Any,
-    q_stride_h: Any,
-    k_stride_t: Any,
-    k_stride_h: Any,
-    cos_sin_stride_t: Any,
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    cos_sin_ptr: tl.tensor,
+    q_stride_t: tl.tensor,
+    q_stride_h: tl.tensor,
+    k_stride_t: tl.tensor,
+    k_stride_h: tl.tensor,
+    cos_sin_stride_t: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,

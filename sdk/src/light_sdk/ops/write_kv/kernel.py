@@ -1,7 +1,5 @@
 """`write_kv` in Triton: one program a token. Bound by memory; offsets into the pool are int64."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -11,19 +9,19 @@ __all__ = ["write_kv"]
 
 @triton.jit
 def _write_kv_kernel(
-    k_ptr: Any,
-    v_ptr: Any,
-    k_cache_ptr: Any,
-    v_cache_ptr: Any,
-    slots_ptr: Any,
-    k_stride_t: Any,
-    k_stride_h: Any,
-    v_stride_t: Any,
-    v_stride_h: Any,
-    k_cache_stride_s: Any,
-    k_cache_stride_h: Any,
-    v_cache_stride_s: Any,
-    v_cache_stride_h: Any,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    k_cache_ptr: tl.tensor,
+    v_cache_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    k_stride_t: tl.tensor,
+    k_stride_h: tl.tensor,
+    v_stride_t: tl.tensor,
+    v_stride_h: tl.tensor,
+    k_cache_stride_s: tl.tensor,
+    k_cache_stride_h: tl.tensor,
+    v_cache_stride_s: tl.tensor,
+    v_cache_stride_h: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,

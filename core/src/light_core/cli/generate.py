@@ -1,0 +1,32 @@
+"""`light generate`: complete prompts with a model in this process."""
+
+from typing import Any
+
+import click
+
+from light_core.cli.settings import engine_config
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: str,
+    prompts: tuple[str, ...],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    sampling_seed: int | None,
+    **values: Any,
+) -> None:
+    """Prints each prompt with what the model made of it."""
+    import dataclasses
+
+    from light_core import LLM, SamplingParams
+
+    config = engine_config(model, values)
+    llm = LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=sampling_seed)
+    for output in llm.generate(list(prompts), params, use_tqdm=len(prompts) > 1):
+        click.echo(click.style(output.prompt or "", bold=True) + output.outputs[0].text)
+        click.echo()
+    llm.shutdown()

@@ -1,0 +1,287 @@
+"""The engine process: hands requests to the engine, runs its steps, and writes what comes out where others see it.
+
+Not here: the engine itself (`light_core.engine`), which knows nothing of processes. Started by the supervisor.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+
+from light_core.config import EngineConfig
+from light_core.engine.requests import EngineRequest, EngineStats, TokenUpdate
+from light_core.errors import LightError, RequestError
+from light_core.plugins.refs import PluginRef
+from light_core.processes.arena import BUSY_SINCE_NS, ENGINE_READY, NUM_STEPS, Arena
+from light_core.processes.channels import Receiver, Sender
+from light_core.processes.guards import Child, load_target, run_child
+from light_core.processes.messages import Abort, Open, Progress, StepUpdate, StopHit, Submit, ToEngine
+from light_core.sampling_params import SamplingParams
+from light_core.server.client import ModelCard
+
+__all__ = ["EngineFactory", "EngineLike", "EngineLoop", "request_id_of"]
+
+logger = logging.getLogger(__name__)
+
+STATS_INTERVAL_S = 0.02
+IDLE_WAIT_S = 1.0
+BACKLOG_WAIT_S = 0.005
+UPDATES_PER_MESSAGE = 1024
+
+
+class EngineLike(Protocol):
+    """What this process drives. One thread calls it."""
+
+    @property
+    def card(self) -> ModelCard:
+        """What is served."""
+
+    def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Token ids that end an output with `params`: end of sequence unless ignored, and the request's own."""
+
+    def add(self, request: EngineRequest) -> None:
+        """Takes a request. Raises `RequestError` if it cannot be served."""
+
+    def abort(self, request_id: int) -> None:
+        """Drops a request; unknown ones are ignored."""
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+
+    def step(self) -> list[TokenUpdate]:
+        """One step; the tokens that it gave."""
+
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+
+    def shutdown(self) -> None:
+        """Gives the device back."""
+
+
+EngineFactory = Callable[[EngineConfig, Sequence[PluginRef], Callable[[str, float], None]], EngineLike]
+"""`(config, refs, progress) -> engine`; `progress(phase, fraction)` is called while it loads."""
+
+
+def request_id_of(slot: int, generation: int) -> int:
+    """The engine's name for what is in `slot` for the `generation`-th time."""
+    return generation << 32 | slot
+
+
+class _Live:
+    """An output that the engine works on."""
+
+    __slots__ = ("generation", "num_tokens", "prompt_len", "slot")
+
+    def __init__(self, slot: int, generation: int, prompt_len: int) -> None:
+        self.slot, self.generation, self.prompt_len = slot, generation, prompt_len
+        self.num_tokens = 0
+
+
+class _Outbox:
+    """What the detokenizer is still to be told. It never blocks: when the socket is full, updates are merged here."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._opens: list[Open] = []
+        self._updates: dict[int, Progress] = {}
+
+    def __len__(self) -> int:
+        return len(self._opens) + len(self._updates)
+
+    def open(self, message: Open) -> None:
+        self._opens.append(message)
+
+    def add(self, new: Progress) -> None:
+        key = request_id_of(new.slot, new.generation)
+        old = self._updates.get(key)
+        if old is not None and old.finish_reason is not None:
+            return
+        if old is not None:
+            new.num_cached_tokens = max(old.num_cached_tokens, new.num_cached_tokens)
+            new.prompt_logprobs = new.prompt_logprobs or old.prompt_logprobs
+            if old.logprobs is not None:
+                new.logprobs = old.logprobs + (new.logprobs or [])
+        self._updates[key] = new
+
+    def flush(self) -> None:
+        sent = 0
+        for message in self._opens:
+            if not self._sender.send(message):
+                break
+            sent += 1
+        del self._opens[:sent]
+        if self._opens or not self._updates:
+            return
+        plain = [key for key, update in self._updates.items() if update.prompt_logprobs is None]
+        runs = [plain[first : first + UPDATES_PER_MESSAGE] for first in range(0, len(plain), UPDATES_PER_MESSAGE)]
+        runs += [[key] for key, update in self._updates.items() if update.prompt_logprobs is not None]
+        for run in runs:
+            if not self._sender.send(StepUpdate([self._updates[key] for key in run])):
+                return
+            for key in run:
+                del self._updates[key]
+
+
+class EngineLoop:
+    """Reads requests, runs steps, publishes results, until told to stop.
+
+    Args:
+        engine: loaded and ready.
+        arena: shared requests, rows sized.
+        inbox: from http and the detokenizer.
+        to_detokenizer: where results go.
+        wake_fd: an eventfd that `stop` writes to.
+    """
+
+    def __init__(self, engine: EngineLike, arena: Arena, inbox: Receiver[Any], to_detokenizer: Sender, wake_fd: int) -> None:
+        self._engine, self._arena, self._inbox, self._wake_fd = engine, arena, inbox, wake_fd
+        self._outbox = _Outbox(to_detokenizer)
+        self._live: dict[int, _Live] = {}
+        self._stopping = False
+        self._published = 0.0
+        self._num_stop_hits = 0
+        self._vocab_size = engine.card.vocab_size
+        self._max_model_len = engine.card.max_model_len
+
+    def stop(self) -> None:
+        """Ends `run` after the current step. Any thread."""
+        self._stopping = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    def run(self) -> None:
+        """The loop. Blocks on the socket when there is no work."""
+        self._publish_stats()
+        while not self._stopping:
+            for message in self._inbox.drain():
+                self._receive(message)
+            if self._engine.has_work():
+                self._step()
+            elif len(self._outbox):
+                self._inbox.wait(BACKLOG_WAIT_S, self._wake_fd)
+            else:
+                self._publish_stats()
+                self._inbox.wait(IDLE_WAIT_S, self._wake_fd)
+            self._outbox.flush()
+
+    def _step(self) -> None:
+        board = self._arena.board
+        board.set_word(BUSY_SINCE_NS, time.monotonic_ns())
+        updates = self._engine.step()
+        board.set_word(BUSY_SINCE_NS, 0)
+        board.set_word(NUM_STEPS, board.word(NUM_STEPS) + 1)
+        for update in updates:
+            live = self._live.get(update.request_id)
+            if live is not None:
+                self._apply(live, update)
+        if time.monotonic() - self._published >= STATS_INTERVAL_S:
+            self._publish_stats()
+
+    def _apply(self, live: _Live, update: TokenUpdate) -> None:
+        """Writes the new tokens into the shared request and tells of them."""
+        row, first = self._arena.rows[live.slot], live.prompt_len + live.num_tokens
+        assert first + len(update.token_ids) <= len(row), "the engine went beyond max_model_len"
+        row[first : first + len(update.token_ids)] = update.token_ids
+        live.num_tokens += len(update.token_ids)
+        self._arena.control["num_tokens"][live.slot] = live.num_tokens
+        if update.finish_reason is not None:
+            del self._live[update.request_id]
+        self._outbox.add(
+            Progress(
+                live.slot,
+                live.generation,
+                live.num_tokens,
+                update.finish_reason,
+                update.stop_token,
+                update.num_cached_tokens,
+                update.logprobs,
+                update.prompt_logprobs,
+                update.error,
+            )
+        )
+
+    def _receive(self, message: ToEngine) -> None:
+        slot, generation = message.slot, message.generation
+        if isinstance(message, Submit):
+            if self._arena.is_current(slot, generation) and request_id_of(slot, generation) not in self._live:
+                self._submit(message)
+            return
+        self._end(slot, generation, by_text=isinstance(message, StopHit))
+
+    def _submit(self, message: Submit) -> None:
+        slot, generation, params = message.slot, message.generation, message.params
+        include, stop = params.include_stop_str_in_output, params.stop_strings
+        self._outbox.open(Open(slot, generation, message.prompt_len, params.detokenize, params.skip_special_tokens, stop, include))
+        request_id = request_id_of(slot, generation)
+        try:
+            if not 0 < message.prompt_len <= self._max_model_len:
+                raise RequestError(f"the prompt has {message.prompt_len} tokens; the model takes 1 to {self._max_model_len}", "prompt")
+            # A copy: the engine may look at the prompt again after the slot has gone to another request.
+            prompt = self._arena.rows[slot, : message.prompt_len].copy()
+            if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+                raise RequestError(f"prompt token ids must be from 0 to {self._vocab_size - 1}", "prompt")
+            stop_ids = self._engine.stop_token_ids(params)
+            self._engine.add(EngineRequest(request_id, prompt, params, stop_ids, message.seed, message.salt))
+        except LightError as error:
+            param = error.param or "" if isinstance(error, RequestError) else None
+            self._outbox.add(Progress(slot, generation, 0, "error", error=str(error), param=param))
+        except Exception as error:  # one request's failure must not take the others with it
+            logger.exception("a request could not be taken")
+            self._outbox.add(Progress(slot, generation, 0, "error", error=f"internal error: {type(error).__name__}"))
+        else:
+            self._live[request_id] = _Live(slot, generation, message.prompt_len)
+
+    def _end(self, slot: int, generation: int, by_text: bool) -> None:
+        """Aborts a request; the detokenizer is told in any case, so that the slot comes free."""
+        request_id = request_id_of(slot, generation)
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            self._engine.abort(request_id)
+            self._num_stop_hits += by_text
+        self._outbox.add(Progress(slot, generation, live.num_tokens if live is not None else 0, "abort"))
+
+    def _publish_stats(self) -> None:
+        stats = self._engine.stats()
+        if self._num_stop_hits:
+            # To the engine the end by a stop string is an abort; to everybody else it is a stop.
+            finished = dict(stats.finished)
+            moved = min(self._num_stop_hits, finished.get("abort", 0))
+            finished["abort"], finished["stop"] = finished.get("abort", 0) - moved, finished.get("stop", 0) + moved
+            stats.finished = finished
+        self._arena.board.write("stats", stats)
+        self._published = time.monotonic()
+
+
+def main(child: Child) -> None:
+    """Loads the engine and runs it until the supervisor says stop."""
+    boot = child.boot
+    board = child.arena.board
+
+    def progress(phase: str, fraction: float) -> None:
+        board.write("progress", {"phase": str(phase)[:200], "progress": round(float(fraction), 4)})
+
+    progress("starting", 0.0)
+    factory: EngineFactory = load_target(boot.settings.engine)
+    engine = factory(boot.config, boot.refs, progress)
+    card = engine.card
+    child.arena.size_rows(card.max_model_len)
+    board.write("card", card)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    folder, limit = Path(boot.folder), boot.settings.max_message_bytes
+    inbox: Receiver[Any] = Receiver(context, folder, "engine", ToEngine, limit)
+    loop = EngineLoop(engine, child.arena, inbox, Sender(context, folder, "detokenizer", limit), os.eventfd(0, os.EFD_CLOEXEC))
+    child.listen(lambda command: loop.stop())
+    progress("ready", 1.0)
+    board.set_word(ENGINE_READY, 1)
+    try:
+        loop.run()
+    finally:
+        board.set_word(ENGINE_READY, 0)
+        engine.shutdown()
+
+
+if __name__ == "__main__":
+    run_child(main)

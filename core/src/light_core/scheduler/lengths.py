@@ -1,0 +1,77 @@
+"""How many more tokens a request will generate, estimated from the lengths of finished requests.
+
+The Past-Future scheduler (Gong et al., ASPLOS 2025, arXiv 2507.10150, section 3): a running request's output length
+is drawn from the recent history of output lengths, given that it is longer than what the request has already. Here
+each request draws its quantile once (see `light_core.scheduler.rows`) and keeps it, where the paper draws anew each
+time: the sum over requests has the same distribution and does not flicker from step to step.
+
+Caller: admission. Not here: what is done with the estimate.
+"""
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["LengthEstimator"]
+
+Ints = npt.NDArray[np.int64]
+
+HISTORY_WINDOW = 1000
+MIN_SAMPLES = 64
+OPEN_ENDED_LEN = 1024
+"""Assumed of a request that names no `max_tokens`, until there are samples."""
+
+
+class LengthEstimator:
+    """The last `HISTORY_WINDOW` output lengths."""
+
+    def __init__(self) -> None:
+        self._lengths: deque[int] = deque(maxlen=HISTORY_WINDOW)
+        self._sorted: Ints = np.empty(0, dtype=np.int64)
+        self._stale = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are samples enough to go by."""
+        return len(self._lengths) >= MIN_SAMPLES
+
+    def record(self, length: int) -> None:
+        """Adds the output length of a request that came to its end (not one that was aborted)."""
+        self._lengths.append(length)
+        self._stale = True
+
+    def remaining(
+        self,
+        generated: npt.NDArray[np.int32],
+        left: npt.NDArray[np.int32],
+        exact: npt.NDArray[np.bool_],
+        open_ended: npt.NDArray[np.bool_],
+        quantile: npt.NDArray[np.float64],
+    ) -> Ints:
+        """Tokens that each of n requests is expected to generate yet.
+
+        Args:
+            generated: output tokens so far, [n].
+            left: at most so many more, [n].
+            exact: it will use all that is left (nothing can stop it earlier), [n].
+            open_ended: `left` is the model's limit and not the client's word, [n].
+            quantile: the request's place in the distribution, 0 to 1, [n].
+
+        Returns:
+            int64 [n], each at most `left`. Before there are samples: `left`, or a usual length where that is
+            open-ended. Beyond the longest sample: as long again as so far.
+        """
+        bound = left.astype(np.int64)
+        as_long_again = np.maximum(generated, 1).astype(np.int64)
+        if not self.ready:
+            guess = np.where(open_ended, np.maximum(OPEN_ENDED_LEN - generated, as_long_again), bound)
+        else:
+            if self._stale:
+                self._sorted, self._stale = np.sort(np.fromiter(self._lengths, dtype=np.int64)), False
+            history = self._sorted
+            shorter = np.searchsorted(history, generated, side="right")
+            index = shorter + (quantile * (len(history) - shorter)).astype(np.int64)
+            drawn = history[np.minimum(index, len(history) - 1)] - generated
+            guess = np.where(shorter < len(history), drawn, as_long_again)
+        return np.asarray(np.where(exact, bound, np.minimum(guess, bound)), dtype=np.int64)

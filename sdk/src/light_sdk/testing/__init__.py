@@ -1,0 +1,24 @@
+"""What plugins are tested with.
+
+    conformance.py  FamilyConformance: inherit it, name tiny configurations, get every standard check
+    reference.py    tiny random models of transformers and what they compute, the independent reference
+    driver.py       Driver: a bound model, step by step, without the engine
+    loading.py      load_model: a folder through the real plugin loader
+    echo.py         a family without weights whose output a test can predict: `--model-plugin light_sdk.testing.echo`
+
+`FamilyConformance` and `Driver` may be imported from here. They are looked up on first use: servers run the echo family,
+and have no pytest.
+"""
+
+import importlib
+from typing import Any
+
+__all__ = ["Driver", "FamilyConformance"]
+
+_HOMES = {"Driver": "driver", "FamilyConformance": "conformance"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

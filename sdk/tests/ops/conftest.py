@@ -1,0 +1,104 @@
+"""What the tests of all ops share: where kernels run, tolerances, and batches over a poisoned KV pool."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from light_core.types import Step
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a Triton kernel runs: interpreted on the CPU where there is no GPU, compiled where there is one."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
+    if not INTERPRETED:
+        pytest.fail("triton was imported before sdk/tests/conftest.py could choose the interpreter: set TRITON_INTERPRET=1")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def tolerances() -> Callable[[torch.dtype], dict[str, float]]:
+    """Tolerances of results of order 1 by dtype: two units in the last place of the output, since accumulation is in
+    float32 but a value just beside a rounding boundary may fall to either side, and once more on the way."""
+    table = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    return lambda dtype: {"rtol": table[dtype], "atol": table[dtype]}
+
+
+@dataclass
+class Batch:
+    """A step, its queries, and a pool of which only the slots in use are finite; `out` is NaN."""
+
+    step: Step
+    out: torch.Tensor
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Step]:
+        return self.out, self.q, self.k_cache, self.v_cache, self.step
+
+
+def build_batch(
+    decodes: Sequence[int],
+    prefills: Sequence[tuple[int, int]],
+    heads: tuple[int, int, int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_seq_len: int | None = None,
+    seed: int = 0,
+) -> Batch:
+    """`decodes` are lengths, `prefills` are (length, tokens of this chunk), `heads` is (H, K, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads, head_dim = heads
+    seq_lens = [*decodes, *(seq_len for seq_len, _ in prefills)]
+    query_lens = [1] * len(decodes) + [query_len for _, query_len in prefills]
+    num_slots, longest = sum(seq_lens) + 7, max_seq_len or max(seq_lens)
+    # Slots 0 and S - 1 belong to nobody: masked reads land on the one, padding of graphs on the other.
+    free = torch.randperm(num_slots - 2, generator=generator) + 1
+    rows = torch.randperm(len(seq_lens) + 3, generator=generator)[: len(seq_lens)]
+    unused = free[-1]
+    slot_table = torch.full((len(seq_lens) + 3, longest), int(unused), dtype=torch.int32)
+    k_cache, v_cache = (torch.full((num_slots, num_kv_heads, head_dim), float("nan")) for _ in range(2))
+    slots, begin = [], 0
+    for row, seq_len, query_len in zip(rows.tolist(), seq_lens, query_lens, strict=True):
+        own = free[begin : begin + seq_len]
+        slot_table[row, :seq_len] = own.int()
+        for cache in (k_cache, v_cache):
+            cache[own] = torch.randn(seq_len, num_kv_heads, head_dim, generator=generator)
+        slots.append(own[seq_len - query_len :])
+        begin += seq_len
+    cu_seqlens = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    num_tokens = sum(query_lens)
+    q = torch.randn(num_tokens, num_heads, head_dim, generator=generator)
+    positions = torch.cat([torch.arange(s - n, s) for s, n in zip(seq_lens, query_lens, strict=True)]).int()
+    step = Step(
+        token_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
+        positions=positions.to(device),
+        context_lens=(positions + 1).to(device),
+        slots=torch.cat(slots).to(device),
+        cu_seqlens_q=cu_seqlens.to(device),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        rows=rows.int().to(device),
+        slot_table=slot_table.to(device),
+        logits_rows=(cu_seqlens[1:].long() - 1).to(device),
+        num_decodes=len(decodes),
+        max_query_len=max(query_lens),
+        max_seq_len=longest,
+    )
+    q, k_cache, v_cache = (tensor.to(device, dtype) for tensor in (q, k_cache, v_cache))
+    return Batch(step, torch.full_like(q, float("nan")), q, k_cache, v_cache)
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., Batch]:
+    """`build_batch`."""
+    return build_batch

@@ -1,0 +1,249 @@
+"""Attention: the reference and the CPU path against dense float64 code, the Triton kernels against the reference."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from light_sdk.ops.attention import cpu, reference
+from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
+
+MHA, GQA, MQA = (4, 4, 16), (6, 2, 16), (5, 1, 16)
+
+MIXES = {
+    "one token": ([1], []),
+    "decodes": ([2, 127, 128, 129, 1], []),
+    "empty prefix": ([], [(1, 1), (37, 37)]),
+    "cached prefix": ([], [(70, 5), (33, 32), (129, 1)]),
+    "mixed": ([65, 1, 130], [(40, 40), (50, 3)]),
+}
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """Slopes of Press et al. for any number of heads: those of the power of two below, then every other one above."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return torch.tensor(slopes)
+
+
+def dense(batch, scale: float, window: int | None, slopes: torch.Tensor | None) -> torch.Tensor:
+    """Float64, one head and one query at a time, from nothing but the definition."""
+    step, results = batch.step, []
+    num_heads, num_kv_heads = batch.q.shape[1], batch.k_cache.shape[1]
+    for b in range(step.num_seqs):
+        seq_len, row = int(step.seq_lens[b]), int(step.rows[b])
+        slots = [int(slot) for slot in step.slot_table[row, :seq_len]]
+        begin, end = int(step.cu_seqlens_q[b]), int(step.cu_seqlens_q[b + 1])
+        for token in range(begin, end):
+            position = seq_len - (end - token)
+            assert position == int(step.positions[token])
+            first = 0 if window is None else max(0, position - window + 1)
+            keys = batch.k_cache[slots[first : position + 1]].double()
+            values = batch.v_cache[slots[first : position + 1]].double()
+            for head in range(num_heads):
+                kv_head = head * num_kv_heads // num_heads
+                scores = keys[:, kv_head] @ batch.q[token, head].double() * scale
+                if slopes is not None:
+                    scores = scores + float(slopes[head]) * (torch.arange(first, position + 1) - position)
+                results.append(torch.softmax(scores, 0) @ values[:, kv_head])
+    return torch.stack(results).view(batch.q.shape)
+
+
+@pytest.mark.parametrize("implementation", [reference.attention, cpu.attention], ids=["reference", "torch-cpu"])
+@pytest.mark.parametrize("heads", [MHA, GQA, MQA, (3, 3, 80)], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 33])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+def test_definition(implementation, heads, window, alibi, mix, make_batch, tolerances) -> None:
+    batch = make_batch(*MIXES[mix], heads)
+    slopes = alibi_slopes(heads[0]) if alibi else None
+    implementation(*batch.arguments, 0.3, window, slopes)
+    torch.testing.assert_close(batch.out.double(), dense(batch, 0.3, window, slopes), **tolerances(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cpu_half(dtype, make_batch, tolerances) -> None:
+    batch = make_batch([65, 1, 130], [(40, 40), (50, 3)], GQA, dtype=dtype)
+    cpu.attention(*batch.arguments, 0.25, 20, alibi_slopes(6))
+    torch.testing.assert_close(batch.out.double(), dense(batch, 0.25, 20, alibi_slopes(6)), **tolerances(dtype))
+
+
+def check_kernel(batch, tolerance: dict[str, float], scale: float, window: int | None = None, slopes: torch.Tensor | None = None) -> None:
+    from light_sdk.ops.attention.kernel import attention
+
+    expected = torch.full_like(batch.out, float("nan"))
+    reference.attention(expected, *batch.arguments[1:], scale, window, slopes)
+    attention(*batch.arguments, scale, window, slopes)
+    torch.testing.assert_close(batch.out, expected, **tolerance)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("window", "alibi"), [(None, False), (33, False), (1, True), (None, True)])
+@pytest.mark.parametrize("heads", [MHA, GQA, MQA], ids=str)
+def test_kernel(mix, window, alibi, heads, device, make_batch, tolerances) -> None:
+    batch = make_batch(*MIXES[mix], heads, device=device)
+    check_kernel(batch, tolerances(torch.float32), 0.3, window, alibi_slopes(heads[0]).to(device) if alibi else None)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128, 256])
+def test_kernel_head_dims(head_dim, device, make_batch, tolerances) -> None:
+    batch = make_batch([3, 40], [(20, 9)], (4, 2, head_dim), device=device)
+    check_kernel(batch, tolerances(torch.float32), head_dim**-0.5)
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 32), (71, 1, 16), (130, 1, 16), (14, 2, 16)], ids=str)
+def test_kernel_group_sizes(heads, device, make_batch, tolerances) -> None:
+    """Groups of 4, of no power of two, and of more heads than a tile has rows."""
+    batch = make_batch([3, 40], [(20, 9), (2, 2)], heads, device=device)
+    check_kernel(batch, tolerances(torch.float32), 0.25)
+
+
+def test_kernel_float16(device, make_batch, tolerances) -> None:
+    batch = make_batch([65, 1, 130], [(40, 40), (50, 3)], GQA, device=device, dtype=torch.float16)
+    check_kernel(batch, tolerances(torch.float16), 0.25)
+
+
+def test_kernel_takes_views(device, make_batch, tolerances) -> None:
+    """Queries inside a fused projection, and caches that are planes of one allocation."""
+    batch = make_batch([65, 1], [(40, 12)], GQA, device=device)
+    fused = torch.full((batch.q.shape[0], 10, 16), float("nan"), device=device)
+    fused[:, 2:8] = batch.q
+    planes = torch.stack((batch.k_cache, batch.v_cache), dim=1)
+    batch.q, batch.k_cache, batch.v_cache = fused[:, 2:8], planes[:, 0], planes[:, 1]
+    check_kernel(batch, tolerances(torch.float32), 0.25)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("waves", "min_blocks"), [(1, 1), (7, 1), (40, 1), (40, 3)])
+def test_decode_splits(waves, min_blocks, window, device, make_batch, tolerances) -> None:
+    """Long and short requests together, cut in few parts and in many."""
+    from light_sdk.ops.attention.decode import decode_attention
+
+    batch = make_batch([1, 300, 17, 2, 90], [], GQA, device=device)
+    expected = torch.empty_like(batch.out)
+    reference.attention(expected, *batch.arguments[1:], 0.3, window)
+    decode_attention(*batch.arguments, 0.3, window, None, DecodeConfig(16, 4, 2, waves, min_blocks))
+    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+
+
+@pytest.mark.parametrize("num_decodes", [1, 3, 100])
+@pytest.mark.parametrize("window", [None, 70])
+def test_plan_covers_every_key_once(num_decodes, window, device, make_batch) -> None:
+    from light_sdk.ops.attention.decode import _create_plan
+
+    lens = torch.randint(1, 400, (num_decodes,), generator=torch.Generator().manual_seed(num_decodes)).tolist()
+    batch = make_batch(lens, [], GQA, device=device)
+    plan = _create_plan(batch.step, batch.q, window, 2, DecodeConfig(16, 4, 2, 30, 1))
+    first_items = plan.first_items.tolist()
+    assert first_items[0] == 0 and first_items[-1] <= plan.items.shape[1] == plan.partial.shape[0]
+    for b, seq_len in enumerate(lens):
+        requests, begins, ends = plan.items[:, first_items[b] : first_items[b + 1]].tolist()
+        assert requests and set(requests) == {b}
+        assert begins[0] == (0 if window is None else max(0, seq_len - window)) and ends[-1] == seq_len
+        assert begins[1:] == ends[:-1] and all(begin < end for begin, end in zip(begins, ends, strict=True))
+
+
+def test_plan_spreads_a_long_request(device, make_batch) -> None:
+    """One long request among short ones is cut; the short ones are not."""
+    from light_sdk.ops.attention.decode import _create_plan
+
+    batch = make_batch([16] * 20 + [1600], [], GQA, device=device)
+    plan = _create_plan(batch.step, batch.q, None, 2, DecodeConfig(16, 4, 2, 40, 1))
+    counts = plan.first_items.diff().tolist()
+    assert counts[:-1] == [1] * 20 and counts[-1] >= 10
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 16), (16, 64)])
+@pytest.mark.parametrize("window", [None, 1, 16, 40])
+def test_prefill_tiles(block_m, block_n, window, device, make_batch, tolerances) -> None:
+    """Tiles that the causal edge and the window cross everywhere."""
+    from light_sdk.ops.attention.prefill import prefill_attention
+
+    batch = make_batch([], [(97, 97), (64, 64), (100, 33), (1, 1)], (6, 2, 16), device=device)
+    expected = torch.empty_like(batch.out)
+    reference.attention(expected, *batch.arguments[1:], 0.3, window)
+    prefill_attention(*batch.arguments, 0.3, window, None, PrefillConfig(block_m, block_n, 4, 1))
+    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+
+
+def test_padding_requests(device, make_batch, tolerances) -> None:
+    """A request without keys, as padding of a graph may have it, gets zeros and disturbs nobody."""
+    from light_sdk.ops.attention.kernel import attention
+
+    batch = make_batch([20, 30, 40], [], GQA, device=device)
+    expected = torch.empty_like(batch.out)
+    reference.attention(expected, *batch.arguments[1:], 0.3)
+    batch.step.seq_lens[1] = 0
+    attention(*batch.arguments, 0.3)
+    expected[1] = 0.0
+    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+
+
+@pytest.mark.parametrize("path", ["torch-cpu", "triton"])
+def test_neighbours_do_not_matter(path, device, make_batch, tolerances) -> None:
+    if path == "torch-cpu":
+        attention: Callable[..., None] = cpu.attention
+        device = torch.device("cpu")
+    else:
+        from light_sdk.ops.attention.kernel import attention
+    mixed = make_batch([65, 300, 2], [(40, 40), (50, 3)], GQA, device=device)
+    attention(*mixed.arguments, 0.3)
+    step = mixed.step
+    for b in range(step.num_seqs):
+        tokens = slice(int(step.cu_seqlens_q[b]), int(step.cu_seqlens_q[b + 1]))
+        alone = make_batch([65], [], GQA, device=device)
+        alone.step.rows, alone.step.seq_lens, alone.step.slot_table = step.rows[b : b + 1], step.seq_lens[b : b + 1], step.slot_table
+        alone.step.cu_seqlens_q = step.cu_seqlens_q[b : b + 2] - step.cu_seqlens_q[b]
+        alone.step.num_decodes, alone.step.max_query_len = int(b < step.num_decodes), tokens.stop - tokens.start
+        alone.step.max_seq_len = int(step.seq_lens[b])
+        out = torch.full_like(mixed.out[tokens], float("nan"))
+        attention(out, mixed.q[tokens], mixed.k_cache, mixed.v_cache, alone.step, 0.3)
+        torch.testing.assert_close(out, mixed.out[tokens], **tolerances(torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(32, 8, 128), (8, 8, 96), (8, 8, 80), (48, 1, 128), (16, 2, 256), (12, 12, 64)], ids=str)
+@pytest.mark.parametrize(("window", "alibi"), [(None, False), (512, False), (None, True)])
+def test_large(dtype, heads, window, alibi, make_batch, tolerances) -> None:
+    batch = make_batch([1, 2, 127, 4000, 129, 1025], [(1500, 1500), (3001, 700), (2048, 1)], heads, device="cuda", dtype=dtype)
+    check_kernel(batch, tolerances(dtype), heads[2] ** -0.5, window, alibi_slopes(heads[0]).cuda() if alibi else None)
+
+
+@pytest.mark.gpu
+def test_graph_with_growing_lengths(make_batch, tolerances) -> None:
+    """A graph captured at short lengths stays right as requests grow up to the model's limit."""
+    from light_sdk.ops.attention.kernel import attention
+
+    limit = 4096
+    batch = make_batch([limit] * 5, [], (32, 8, 128), device="cuda", dtype=torch.bfloat16, max_seq_len=limit)
+    step = batch.step
+    step.seq_lens.fill_(1)
+    attention(*batch.arguments, 0.1)
+    torch.cuda.synchronize()
+    step.shared.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention(*batch.arguments, 0.1)
+    for lens in ([1, 2, 3, 4, 5], [127, 128, 129, 1, 2000], [4096, 1, 1, 1, 1], [4096] * 5, [700, 800, 900, 1000, 1100]):
+        step.seq_lens.copy_(torch.tensor(lens))
+        batch.out.fill_(float("nan"))
+        graph.replay()
+        expected = torch.empty_like(batch.out)
+        reference.attention(expected, *batch.arguments[1:], 0.1)
+        torch.testing.assert_close(batch.out, expected, **tolerances(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_pool_beyond_int32(make_batch, tolerances) -> None:
+    """Slots whose offset in elements does not fit 32 bits."""
+    batch = make_batch([300, 5], [(200, 64)], (32, 8, 128), device="cuda", dtype=torch.bfloat16)
+    num_slots, used = 2**31 // (8 * 128) + 1000, batch.k_cache.shape[0]
+    shift = num_slots - used
+    for name in ("k_cache", "v_cache"):
+        large = torch.empty(num_slots, 8, 128, dtype=torch.bfloat16, device="cuda")
+        large[shift:] = getattr(batch, name)
+        setattr(batch, name, large)
+    batch.step.slot_table += shift
+    check_kernel(batch, tolerances(torch.bfloat16), 0.1)

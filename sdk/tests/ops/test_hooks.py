@@ -1,0 +1,90 @@
+"""Registration: every op is declared, every target exists, and each machine gets the kernel that is meant for it."""
+
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+from light_core.ops import KernelRegistry, Machine, OpTable
+from light_sdk import hooks
+from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
+
+OPS = ("act_and_mul", "activation", "attention", "layer_norm", "linear", "rms_norm", "rotary", "write_kv")
+HOPPER, TURING, CPU = Machine("cuda", (9, 0), "NVIDIA H200"), Machine("cuda", (7, 5), "T4"), Machine("cpu")
+
+
+@pytest.fixture
+def registry() -> KernelRegistry:
+    registry = KernelRegistry()
+    hooks.light_register_kernels(registry)
+    registry.finish()
+    return registry
+
+
+def test_declares_the_ops(registry) -> None:
+    assert registry.ops() == OPS and hooks.light_api == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_have_the_signature_of_the_reference(op, registry) -> None:
+    kernels = registry.kernels(op)
+    signatures = {kernel.name: str(inspect.signature(kernel.load({}))) for kernel in kernels}
+    assert set(signatures.values()) == {signatures["reference"]}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_package_names_its_op(op) -> None:
+    package = importlib.import_module(f"light_sdk.ops.{op}")
+    assert package.__all__ == [op] and callable(getattr(package, op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_selection(op, registry) -> None:
+    facts = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "alibi": False, "window": None} if op == "attention" else {}
+    chosen = {machine: OpTable(registry, machine, "bfloat16") for machine in (HOPPER, TURING, CPU)}
+    names = {}
+    for machine, table in chosen.items():
+        table.select(op, **facts)
+        names[machine] = table.choices[0].kernel
+    assert names[HOPPER] == ("reference" if op == "linear" else "triton")
+    assert names[TURING] == "reference"
+    assert names[CPU] == ("torch-cpu" if op in ("attention", "layer_norm") else "reference")
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"head_dim": 512, "num_heads": 8, "num_kv_heads": 8}, "head_dim up to 256, not 512"),
+        ({"num_heads": 9, "num_kv_heads": 2}, "9 over 2"),
+    ],
+)
+def test_attention_refuses_what_its_kernel_cannot_do(facts, reason, registry) -> None:
+    table = OpTable(registry, HOPPER, "bfloat16")
+    table.select("attention", **facts)
+    (choice,) = table.choices
+    assert choice.kernel == "reference" and reason in choice.reason
+
+
+def test_hooks_import_nothing_heavy() -> None:
+    program = "import sys, light_sdk.hooks; sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_tuned_parameters_are_complete() -> None:
+    folder = resources.files("light_sdk.ops.attention").joinpath("configs")
+    files = {file.name: json.loads(file.read_text()) for file in folder.iterdir()}
+    sizes = {"64", "128", "256", "512", "1024"}
+    assert set(files["default.json"]["decode"]) == set(files["default.json"]["prefill"]) == sizes
+    for kinds in files.values():
+        for kind, config in (("decode", DecodeConfig), ("prefill", PrefillConfig)):
+            assert set(kinds.get(kind, {})) <= sizes
+            for parameters in kinds.get(kind, {}).values():
+                blocks = [value for name, value in vars_of(config(**parameters)) if name in ("block_m", "block_n", "num_warps")]
+                assert all(value & (value - 1) == 0 for value in blocks)
+
+
+def vars_of(config):
+    return [(name, getattr(config, name)) for name in config.__dataclass_fields__]
