@@ -1,6 +1,6 @@
 """Writes the pages that are made from the code: `python docs/generate.py`. A test fails when one is out of date.
 
-    hooks.md    from `light_core/hookspecs.py` and `light_core/types.py`
+hooks.md    from `light_core/hookspecs.py` and `light_core/types.py`
 """
 
 import ast
@@ -26,7 +26,7 @@ def hooks_page() -> str:
     types = ast.parse((CORE / "types.py").read_text())
     for node in types.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            lines += [f"### {node.name}", "", *_markdown(_docstring(node)), ""]
+            lines += [f"### {node.name}", "", *_markdown(_docstring(node)), "", *_methods(node)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -51,6 +51,12 @@ def _first_line(node: ast.FunctionDef) -> str:
 def _signature(node: ast.FunctionDef) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"{node.name}({ast.unparse(node.args)}){returns}"
+
+
+def _methods(node: ast.ClassDef) -> Iterator[str]:
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and (not method.name.startswith("_") or method.name == "__call__"):
+            yield from ("```python", _signature(method), "```", "", *_markdown(_docstring(method)), "")
 
 
 def _markdown(docstring: str) -> Iterator[str]:

@@ -35,8 +35,9 @@ class EngineConfig:
         load_format: "auto" and "safetensors" read the checkpoint; "dummy" fills random weights on the device.
         skip_tokenizer_init: token ids in, token ids out; no tokenizer is loaded.
         max_model_len: prompt and output, in tokens; None takes the model's own limit.
-        max_num_seqs: requests that run at the same time.
-        max_num_batched_tokens: token budget of one step (decodes and prefill chunks together).
+        max_num_seqs: requests that run at the same time; None takes 512 on a GPU, 64 on a CPU.
+        max_num_batched_tokens: token budget of one step (decodes and prefill chunks together); None takes 8192 on a
+            GPU, 512 on a CPU.
         max_total_tokens: slots of the KV pool, in tokens; None measures what fits.
         gpu_memory_utilization: share of the GPU's memory that Light may use, 0 to 1.
         enable_prefix_caching: keep the KV of finished requests in the radix tree for later ones.
@@ -56,8 +57,8 @@ class EngineConfig:
     load_format: str = "auto"
     skip_tokenizer_init: bool = False
     max_model_len: int | None = None
-    max_num_seqs: int = 512
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     max_total_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True

@@ -131,7 +131,9 @@ class Site:
         info = folder / f"light_plugin_{name}-{version}.dist-info"
         info.mkdir(exist_ok=True)
         lines = [f"Requires-Dist: {line}" for line in requires]
-        (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", f"Name: light-plugin-{name}", f"Version: {version}", *lines, "", ""]))
+        (info / "METADATA").write_text(
+            "\n".join(["Metadata-Version: 2.1", f"Name: light-plugin-{name}", f"Version: {version}", *lines, "", ""])
+        )
         (info / "entry_points.txt").write_text(f"[light.plugins]\n{entry or name} = {module}\n")
         (info / "RECORD").write_text(f"lp_{name}/__init__.py,,\nlp_{name}/hooks.py,,\n{info.name}/METADATA,,\n")
         importlib.invalidate_caches()

@@ -103,7 +103,9 @@ def test_missing_answer_names_the_hook_and_the_plugin(site, hook):
 def test_missing_layer_is_told_by_its_number(site):
     site.install("alpha")
     source = site.folder / "lp_alpha" / "hooks.py"
-    source.write_text(source.read_text().replace('".model").Layer(model, layer_id)', '".model").Layer(model, layer_id) if layer_id < 2 else None'))
+    source.write_text(
+        source.read_text().replace('".model").Layer(model, layer_id)', '".model").Layer(model, layer_id) if layer_id < 2 else None')
+    )
     assert "for layer 2" in refused(site).error
 
 
@@ -189,7 +191,9 @@ def test_reward_head_in_the_place_of_any_post_layer(site):
     )
     (site.folder / "lp_reward_model.py").write_text(head)
     wrapper = WRAPPERS.format(
-        hook="light_post_layer", arguments="model", answer="__import__('lp_reward_model').RewardHead(answer) if model.config.reward else answer"
+        hook="light_post_layer",
+        arguments="model",
+        answer="__import__('lp_reward_model').RewardHead(answer) if model.config.reward else answer",
     )
     site.install("reward", HEADER + wrapper, requires=("light-core>=1", "light-plugin-alpha"))
     post = bound(site, "reward", config=SimpleNamespace(num_hidden_layers=1, reward=True), dtype="bfloat16", device="meta").post
@@ -201,7 +205,12 @@ def test_reward_head_in_the_place_of_any_post_layer(site):
     ("hook", "arguments", "answer", "changed"),
     [
         ("light_kv_layout", "model", "KVLayout(answer.groups, max_shared_len=7)", lambda runtime: runtime.kv_layout.max_shared_len == 7),
-        ("light_weight_plan", "model", "WeightPlan(answer.placements, ignored=('x',))", lambda runtime: runtime.weight_plan.ignored == ("x",)),
+        (
+            "light_weight_plan",
+            "model",
+            "WeightPlan(answer.placements, ignored=('x',))",
+            lambda runtime: runtime.weight_plan.ignored == ("x",),
+        ),
         ("light_pre_layer", "model", "setattr(answer, 'wrapped', 1) or answer", lambda runtime: runtime.pre.wrapped == 1),
         (
             "light_layer",

@@ -47,7 +47,16 @@ def test_info_of_a_plugin(site, console):
     site.install("alpha", version="1.2.3")
     assert plugin_info("alpha", console=console) == 0
     text = printed(console)
-    for part in ("light-plugin-alpha", "1.2.3", "lp_alpha.hooks", "AlphaForCausalLM", "light_kv_layout", "double_alpha", "demo-alpha", "light-core"):
+    for part in (
+        "light-plugin-alpha",
+        "1.2.3",
+        "lp_alpha.hooks",
+        "AlphaForCausalLM",
+        "light_kv_layout",
+        "double_alpha",
+        "demo-alpha",
+        "light-core",
+    ):
         assert part in text
     assert "light_media_encoders" not in text
 

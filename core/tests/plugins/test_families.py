@@ -45,7 +45,10 @@ def test_bundled_model(site, loaded):
     folder = site.folder / "lp_llama" / "demo"
     with pytest.raises(PluginError) as caught:
         resolve_bundled("demo-llama", loaded)
-    assert "light-plugin-llama 1.0.0 (llama)" in caught.value.cause and "pip install --force-reinstall light-plugin-llama" in caught.value.remedy
+    assert (
+        "light-plugin-llama 1.0.0 (llama)" in caught.value.cause
+        and "pip install --force-reinstall light-plugin-llama" in caught.value.remedy
+    )
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     family, found = resolve_bundled("demo-llama", loaded)
@@ -57,7 +60,9 @@ def test_bundled_model(site, loaded):
 def test_two_plugins_ship_one_name(site):
     site.install("alpha")
     source = (site.folder / "lp_alpha" / "hooks.py").read_text()
-    site.install("beta", source.replace("MINE = 'alpha'", "MINE = 'beta'").replace("AlphaFor", "BetaFor").replace('"demo-" + MINE', '"demo-alpha"'))
+    site.install(
+        "beta", source.replace("MINE = 'alpha'", "MINE = 'beta'").replace("AlphaFor", "BetaFor").replace('"demo-" + MINE', '"demo-alpha"')
+    )
     with pytest.raises(PluginError, match="bundled model 'demo-alpha' is announced twice") as caught:
         load_plugins(path=site.path)
     assert "light-plugin-alpha 1.0.0" in caught.value.cause and "light-plugin-beta 1.0.0" in caught.value.cause

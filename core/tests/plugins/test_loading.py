@@ -60,7 +60,13 @@ def test_discovered_broken_plugin_is_skipped_and_its_reason_repeated(site, caplo
         resolve_family(["LlamoForCausalLM"], loaded)
     error = caught.value
     assert "LlamoForCausalLM" in error.error
-    for part in ("light-plugin-llama 1.0.0", "LlamaForCausalLM", "light-plugin-alpha 1.0.0 (alpha) was not loaded", "out of order", "plugin API 9"):
+    for part in (
+        "light-plugin-llama 1.0.0",
+        "LlamaForCausalLM",
+        "light-plugin-alpha 1.0.0 (alpha) was not loaded",
+        "out of order",
+        "plugin API 9",
+    ):
         assert part in error.cause
     assert "pip install -U light-plugin-alpha" in error.remedy and "pip install -U light-core" in error.remedy
 
@@ -85,7 +91,9 @@ def test_duplicate_families_name_both(site, names, family, architecture, what):
 
 
 def test_duplicate_within_one_plugin(site):
-    body = "@hookimpl\ndef light_register_families(registry):\n    registry.add(Family('a', ('X',)))\n    registry.add(Family('b', ('X',)))\n"
+    body = (
+        "@hookimpl\ndef light_register_families(registry):\n    registry.add(Family('a', ('X',)))\n    registry.add(Family('b', ('X',)))\n"
+    )
     site.install("alpha", HEADER + body)
     assert "install another version of light-plugin-alpha" in refused(site).remedy
 

@@ -41,6 +41,7 @@ class FakeEngine:
         if "fail" in script:
             raise ConfigError("the weights do not fit", "they take 80 GiB, the device has 16 GiB", "use a smaller model")
         self.card = ModelCard(MAX_MODEL_LEN, VOCAB_SIZE, "light-fake 1.0 (fake)", {"dtype": "fake"})
+        self._max_running = int(self._number.get("max_running", config.max_num_seqs))
         self._live: dict[int, EngineRequest] = {}
         self._done: dict[int, int] = {}
         self._stats = EngineStats(kv_slots_total=1000)
@@ -71,7 +72,7 @@ class FakeEngine:
             raise RuntimeError("the kernel met an illegal address")
         if self._stats.steps == self._number.get("hang_at"):
             time.sleep(1000)
-        return [self._advance(request) for request in list(self._live.values())]
+        return [self._advance(request) for request in list(self._live.values())[: self._max_running]]
 
     def _advance(self, request: EngineRequest) -> TokenUpdate:
         done = self._done[request.request_id]
@@ -90,7 +91,8 @@ class FakeEngine:
         return update
 
     def stats(self) -> EngineStats:
-        self._stats.num_requests_running = len(self._live)
+        self._stats.num_requests_running = min(len(self._live), self._max_running)
+        self._stats.num_requests_waiting = len(self._live) - self._stats.num_requests_running
         return self._stats
 
     def shutdown(self) -> None:

@@ -10,10 +10,10 @@ from light_core.processes import ProcessSettings, run_server
 
 def main() -> int:
     wanted = json.loads(sys.argv[1])
-    options = {"engine": "fakes:FakeEngine", "tokenizer": "fakes:load_tokenizer", "server": "fakes:serve"} | wanted.get("settings", {})
+    options = {"engine": "fakes:FakeEngine", "tokenizer": "fakes:load_tokenizer", "server": "fakes:serve"} | wanted["settings"]
     try:
         settings = ProcessSettings(**options)
-        code = run_server(EngineConfig(model=wanted.get("model", "fake"), max_num_seqs=256), wanted.get("server", {}), settings, refs=())
+        code = run_server(EngineConfig(model=wanted["model"], max_num_seqs=wanted["max_num_seqs"]), wanted["server"], settings, refs=())
     except LightError as error:
         print(error.block(), file=sys.stderr)
         return error.exit_code

@@ -4,7 +4,7 @@ The runner decides nothing: what runs, where its KV goes and which rows are samp
 does not wait for the device; `Launched.result` does. Called by the engine alone, from one thread.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from light_core.engine.graphs import DecodeGraphs, batch_sizes
 from light_core.engine.requests import TokenLogprobs
-from light_core.engine.sampling.sampler import Sampled, Sampler
+from light_core.engine.sampling import PendingLogprobs, Sampled, Sampler
 from light_core.engine.staging import Staging
 from light_core.kv.layout import allocate
 from light_core.plugins import ModelRuntime
@@ -24,8 +24,6 @@ from light_core.types import Hidden, KVView, Step
 __all__ = ["Launched", "ModelRunner"]
 
 PROMPT_ROWS = 512  # prompt-logprob rows whose logits exist at the same time
-TOKEN_REGIONS = ("token_ids", "positions", "context_lens")
-SEQ_REGIONS = ("rows", "seq_lens", "query_starts")
 
 
 @dataclass(slots=True, eq=False)
@@ -35,12 +33,16 @@ class Launched:
     Attributes:
         plan: what runs.
         sampled: its sampled tokens, once the device has them; None if the step samples nothing.
-        prompt_logprobs: for each prompt-logprob row of the plan, in its order; lazily computed.
+        prompt_logprobs: for each entry of `plan.prompt_logprobs`, the pieces of its positions, in order.
     """
 
     plan: StepPlan
     sampled: Sampled | None
-    prompt_logprobs: "list[Callable[[], list[TokenLogprobs]]]"
+    prompt_logprobs: list[list[PendingLogprobs]]
+
+    def prompt_records(self, index: int) -> list[TokenLogprobs]:
+        """Logprobs of entry `index` of `plan.prompt_logprobs`. Waits for the device."""
+        return [record for piece in self.prompt_logprobs[index] for record in piece.result()]
 
 
 class ModelRunner:
@@ -86,10 +88,15 @@ class ModelRunner:
         self.num_slots = num_slots
         self.slot_table[-1].fill_(num_slots - 1)
 
+    def close(self) -> None:
+        """Drops KV and graphs; no step may be launched afterwards."""
+        self.kv, self._graphs = (), None
+
     @torch.inference_mode()
-    def profile(self) -> None:
-        """Runs the largest step there can be, on padding, so that its peak of memory shows and kernels compile."""
-        tokens = self.limits.max_num_batched_tokens
+    def profile(self, tokens: int | None = None) -> None:
+        """Runs the largest step there can be (or one of `tokens`), on padding, so that its peak of memory shows and
+        kernels compile."""
+        tokens = tokens or self.limits.max_num_batched_tokens
         share = min(tokens, self.limits.max_model_len)
         lens = [share] * (tokens // share) + ([tokens % share] if tokens % share else [])
         lens = lens[: self.limits.max_num_seqs]
@@ -187,10 +194,10 @@ class ModelRunner:
         for admitted in plan.admitted:
             self.sampler.admit(admitted.row, admitted.request, admitted.output_ids)
         self._update_table(plan)
-        num_sampled = len(plan.sample_rows)
+        num_sampled = len(plan.sampled)
         prepared = self.sampler.prepare(plan.sample_request_rows, plan.num_output_tokens) if num_sampled else None
-        size = self._graphs.padded(plan.num_decodes) if self._graphs and plan.num_decodes == len(plan.positions) else None
-        prompt: list[Callable[[], list[TokenLogprobs]]] = []
+        size = self._graphs.padded(plan.num_decodes) if self._graphs and plan.num_decodes == plan.num_tokens else None
+        prompt: list[list[PendingLogprobs]] = []
         if size is not None and self._graphs is not None:
             self._staging.upload(_padded(plan, size, self.limits.max_num_seqs, self.num_slots - 1))
             logits = self._graphs.replay(size)[:num_sampled]
@@ -263,23 +270,19 @@ class ModelRunner:
     def _forward(self, step: Step) -> torch.Tensor:
         return self._logits(self._hidden(step), step)
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: Hidden, step: Step) -> "list[Callable[[], list[TokenLogprobs]]]":
-        """For each request with prompt logprobs in `plan`: a call that waits for them."""
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Hidden, step: Step) -> list[list[PendingLogprobs]]:
+        """Logprobs of the prompt tokens that `plan` asks for, a few hundred rows of logits at a time."""
         results = []
         for wanted in plan.prompt_logprobs:
-            parts = []
+            pieces = []
             for begin in range(0, len(wanted.token_rows), PROMPT_ROWS):
                 part = slice(begin, begin + PROMPT_ROWS)
                 rows = torch.from_numpy(wanted.token_rows[part].astype(np.int64)).to(self.device)
-                targets = torch.from_numpy(wanted.target_ids[part].astype(np.int64)).to(self.device)
+                targets = torch.from_numpy(wanted.target_ids[part].copy()).to(self.device)
                 logits = self._logits(hidden, replace(step, logits_rows=rows))
-                parts.append(self.sampler.prompt_logprobs(logits, targets, wanted.top_n))
-            results.append(_joined(parts))
+                pieces.append(self.sampler.prompt_logprobs(logits, targets, wanted.top_n))
+            results.append(pieces)
         return results
-
-
-def _joined(parts: "list[list[TokenLogprobs]]") -> "Callable[[], list[TokenLogprobs]]":
-    return lambda: [one for part in parts for one in part]
 
 
 def _padding(size: int, padding_row: int, padding_slot: int) -> dict[str, npt.NDArray[Any]]:

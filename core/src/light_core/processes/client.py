@@ -258,10 +258,13 @@ class RemoteEngine:
         return slots
 
     def _check_room(self, num_outputs: int) -> None:
-        """Raises `OverloadedError` if so many more outputs would wait too long a line."""
-        waiting = len(self._outputs) - min(self.stats().num_requests_running, self._max_running)
-        if waiting > 0 and waiting + num_outputs > self._settings.max_queued:
-            raise OverloadedError(f"{waiting} requests are waiting; the limit is {self._settings.max_queued}")
+        """Raises `OverloadedError` if `num_outputs` more would make the line of those that wait too long."""
+        # The engine's count may be a step old and knows nothing of a burst, so what is open beyond what can run at once
+        # counts as waiting too. Where memory lets fewer run, the engine's count is the larger one.
+        queued = self.stats().num_requests_waiting
+        beyond = len(self._outputs) + num_outputs - self._max_running
+        if max(beyond, queued + num_outputs if queued else 0) > self._settings.max_queued:
+            raise OverloadedError(f"{max(queued, beyond - num_outputs)} requests are waiting; the limit is {self._settings.max_queued}")
         if num_outputs > self._slots.num_free:
             raise OverloadedError(f"all {self._arena.num_slots} request slots are taken")
 

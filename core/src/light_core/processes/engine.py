@@ -3,6 +3,7 @@
 Not here: the engine itself (`light_core.engine`), which knows nothing of processes. Started by the supervisor.
 """
 
+import dataclasses
 import logging
 import os
 import time
@@ -160,12 +161,10 @@ class EngineLoop:
                 self._receive(message)
             if self._engine.has_work():
                 self._step()
-            elif len(self._outbox):
-                self._inbox.wait(BACKLOG_WAIT_S, self._wake_fd)
-            else:
-                self._publish_stats()
-                self._inbox.wait(IDLE_WAIT_S, self._wake_fd)
             self._outbox.flush()
+            if not self._engine.has_work():
+                self._publish_stats()
+                self._inbox.wait(BACKLOG_WAIT_S if len(self._outbox) else IDLE_WAIT_S, self._wake_fd)
 
     def _step(self) -> None:
         board = self._arena.board
@@ -250,7 +249,7 @@ class EngineLoop:
             finished = dict(stats.finished)
             moved = min(self._num_stop_hits, finished.get("abort", 0))
             finished["abort"], finished["stop"] = finished.get("abort", 0) - moved, finished.get("stop", 0) + moved
-            stats.finished = finished
+            stats = dataclasses.replace(stats, finished=finished)
         self._arena.board.write("stats", stats)
         self._published = time.monotonic()
 

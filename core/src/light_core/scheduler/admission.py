@@ -47,14 +47,14 @@ class Admission:
 
     def __init__(self, capacity: int, rows: Rows, tree: RadixCache | None, lengths: LengthEstimator) -> None:
         self._capacity, self._rows, self._tree, self._lengths = capacity, rows, tree, lengths
-        self._sum_remaining: int | None = None
+        self._sum_growth: int | None = None
 
     def begin_step(self) -> None:
         """Forgets sums of the step before."""
-        self._sum_remaining = None
+        self._sum_growth = None
 
     def admits(self, candidate: int, num_used: int) -> bool:
-        """Whether the request in row `candidate` may run beside the active ones.
+        """Whether the request in row `candidate` may run beside the active ones. If so, it is counted from then on.
 
         Args:
             candidate: a row that is filled but not active; its cached prefix is locked already.
@@ -63,28 +63,32 @@ class Admission:
         rows = self._rows
         budget = self._capacity - (self._capacity // RESERVE if self._lengths.ready else 0)
         active = np.flatnonzero(rows.active)
-        if self._sum_remaining is None:
-            self._sum_remaining = int(self._remaining(active).sum())
-        wanted = int(self._remaining(np.array([candidate]))[0])
+        if self._sum_growth is None:
+            self._sum_growth = int(self._growth(active).sum())
+        wanted = int(self._growth(np.array([candidate]))[0])
         everyone = np.append(active, candidate)
         to_prefill = int(np.maximum(rows.target[everyone] - rows.computed[everyone], 0).sum())
-        # With b sorted, i * b_i <= b_1 + … + b_i: all that is held plus all that remains is a bound of the peak, and
-        # needs no sorting. It decides alone unless memory is short.
-        if num_used + to_prefill + self._sum_remaining + wanted > budget:
+        # With b sorted, i * b_i <= b_1 + … + b_i: all that is held plus all growth is a bound of the peak, and needs no
+        # sorting. It decides alone unless memory is short.
+        if num_used + to_prefill + self._sum_growth + wanted > budget:
             shared = 0 if self._tree is None else self._tree.shared_tokens
-            if shared + predict_peak(self._held(everyone), self._remaining(everyone)) > budget:
+            if shared + predict_peak(self._held(everyone), self._growth(everyone)) > budget:
                 return False
-        self._sum_remaining += wanted
+        self._sum_growth += wanted
         return True
 
-    def _remaining(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _growth(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Slots that each row will need beyond those of `_held`."""
         rows = self._rows
         total = rows.total[index]
-        return self._lengths.remaining(
+        remaining = self._lengths.remaining(
             total - rows.prompt_len[index], rows.limit[index] - total, rows.exact[index], rows.open_ended[index], rows.quantile[index]
         )
+        # The last token's KV is never written: a prefill's first sample needs no slot until it is fed.
+        return remaining - ~rows.decoding[index]
 
     def _held(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Slots of each row that leave with it, and those that its prefill still needs."""
         rows = self._rows
         private = np.maximum(rows.computed[index], rows.target[index]).astype(np.int64) - rows.tree_len[index]
         return private if self._tree is None else private + self._tree.own_tokens[index]

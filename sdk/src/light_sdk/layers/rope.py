@@ -145,9 +145,10 @@ class RopeParameters:
         """The base for requests of `lengths` tokens (any shape and device), float32: dynamic NTK scaling.
 
         base' = base * (s * L / L0 - (s - 1)) ** (d / (d - 2)), and base itself up to L0 (arXiv 2309.00071, section 3.3
-        together with appendix A.1).
+        together with appendix A.1); written so that it is exact up to L0.
         """
-        stretch = self.factor * lengths.clamp(min=self.original_len).float() / self.original_len - (self.factor - 1.0)
+        beyond = (lengths - self.original_len).clamp(min=0).float() / self.original_len
+        stretch = 1.0 + self.factor * beyond
         return stretch ** (self.rotary_dim / (self.rotary_dim - 2)) * self.theta
 
     def _llama3(self, frequencies: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ This module is a plugin's `hooks.py`: it imports no torch; the layers are in `ec
 """
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ FAMILY = Family(name="echo", architectures=("EchoForCausalLM",), attention="none
 RULES = ("repeat", "checksum")
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 ROLES = ("system", "user", "assistant")
+NO_TENSORS = struct.pack("<Q", 8) + b"{}      "
+"""A safetensors file: the length of its header in bytes, and a header that names no tensor."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 )
@@ -60,7 +63,7 @@ def write_model(
     max_len: int = 2048,
     step_delay_ms: float = 0.0,
 ) -> dict[str, Any]:
-    """Writes a model folder for the family: config.json, and a tokenizer with one token a word.
+    """Writes a model folder for the family: config.json, a checkpoint without tensors, and a tokenizer with one token a word.
 
     The words are "w0" … "w{num_words - 1}" and the roles of chats; "</s>" ends the output where it is echoed. The chat
     template puts each message's role before its content.
@@ -95,6 +98,7 @@ def write_model(
         "step_delay_ms": step_delay_ms,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "model.safetensors").write_bytes(NO_TENSORS)
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(words), indent=1))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -133,8 +137,7 @@ def light_register_families(registry: FamilyRegistry) -> None:
 
 @hookimpl
 def light_weight_plan(model: ModelContext) -> WeightPlan | None:
-    # `.*`: a test may put any weights beside the configuration, so that loaders have something to read.
-    return WeightPlan((), ignored=(".*",)) if model.family.name == FAMILY.name else None
+    return WeightPlan(()) if model.family.name == FAMILY.name else None
 
 
 @hookimpl

@@ -1,7 +1,7 @@
 """The echo family's layers; `echo.py` states the rule that they follow.
 
 Hidden states are float32 `[T, 1]`: the token that follows each token, or -1 where two layers disagree about it, which
-no sound KV pool lets happen. Only the rows whose logits are wanted are worked out.
+no sound KV pool lets happen.
 """
 
 import time
@@ -45,27 +45,28 @@ class EchoLayer(nn.Module):
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         plane_S = kv["token"][:, 0]
         plane_S[step.slots] = step.token_ids
-        rows = step.logits_rows
-        request_R = torch.searchsorted(step.cu_seqlens_q, rows.int(), right=True) - 1
-        row_R, position_R = step.rows[request_R].long(), step.positions[rows].long()
+        request_T = (
+            torch.searchsorted(step.cu_seqlens_q, torch.arange(step.num_tokens, dtype=torch.int32, device=plane_S.device), right=True) - 1
+        )
         rule = self._checksum if self.checksum else self._repeat
-        next_R = rule(plane_S, step, row_R, position_R).float()
-        before_R = hidden.x[rows, 0]
-        agreed_R = (before_R == UNDECIDED) | (before_R == next_R)
-        hidden.x[rows, 0] = torch.where(agreed_R, next_R, TORN)
-        return hidden
+        next_T1 = rule(plane_S, step, request_T, step.positions.long()).float()[:, None]
+        agreed_T1 = (hidden.x == UNDECIDED) | (hidden.x == next_T1)
+        return Hidden(torch.where(agreed_T1, next_T1, TORN))
 
-    def _repeat(self, plane_S: torch.Tensor, step: Step, row_R: torch.Tensor, position_R: torch.Tensor) -> torch.Tensor:
-        first_R = plane_S[step.slot_table[row_R, 0].long()].long()
-        period_R = 1 + first_R % 8 if self.period is None else torch.full_like(first_R, self.period)
-        source_R = (position_R + 1 - period_R).clamp(min=0)
-        return plane_S[step.slot_table[row_R, source_R].long()]
+    def _repeat(self, plane_S: torch.Tensor, step: Step, request_T: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
+        row_T = step.rows[request_T].long()
+        first_T = plane_S[step.slot_table[row_T, 0].long()].long()
+        period_T = 1 + first_T % 8 if self.period is None else torch.full_like(first_T, self.period)
+        source_T = (position_T + 1 - period_T).clamp(min=0)
+        return plane_S[step.slot_table[row_T, source_T].long()]
 
-    def _checksum(self, plane_S: torch.Tensor, step: Step, row_R: torch.Tensor, position_R: torch.Tensor) -> torch.Tensor:
+    def _checksum(self, plane_S: torch.Tensor, step: Step, request_T: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
         index_L = torch.arange(step.max_seq_len, device=plane_S.device)
-        tokens_RL = plane_S[step.slot_table[row_R, : step.max_seq_len].long()].long()
-        terms_RL = ((index_L + 1) * (tokens_RL + 1)).masked_fill(index_L > position_R[:, None], 0)
-        return self.first + terms_RL.sum(-1) % (self.vocab_size - self.first)
+        unused_BL = index_L >= step.seq_lens[:, None]
+        # What lies beyond a request's length is no slot at all, so it is cleared before it is followed.
+        slots_BL = step.slot_table[step.rows.long(), : step.max_seq_len].masked_fill(unused_BL, 0)
+        terms_BL = ((index_L + 1) * (plane_S[slots_BL.long()].long() + 1)).masked_fill(unused_BL, 0)
+        return self.first + terms_BL.cumsum(1)[request_T, position_T] % (self.vocab_size - self.first)
 
 
 class EchoPost(nn.Module):

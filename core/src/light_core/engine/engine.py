@@ -1,0 +1,275 @@
+"""The engine: scheduler, runner and sampler around one model, driven step by step by whoever owns it.
+
+    plan → launch → (the device works) → result → commit
+
+On a GPU the loop is one step ahead: step N+1 is planned and launched before step N's tokens are read, so the device
+never waits for Python. On a CPU plan and commit alternate. One thread calls everything here.
+"""
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from light_core.config import EngineConfig
+from light_core.engine.loading import Resolved, bind_model, resolve_model
+from light_core.engine.memory import MemoryBudget, cpu_budget, pool_slots
+from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
+from light_core.engine.runner import Launched, ModelRunner
+from light_core.engine.sampling import STATUS_TEXT, Sampler
+from light_core.engine.weights import fill_dummy, load_weights
+from light_core.kv.layout import bytes_per_token
+from light_core.ops import OpTable
+from light_core.plugins import ModelRuntime, PluginRef, describe_machine
+from light_core.plugins.loading import create_kernel_registry
+from light_core.sampling_params import SamplingParams
+from light_core.scheduler import Scheduler
+from light_core.server.client import ModelCard
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+NO_TOKENS = np.zeros(0, np.int32)
+PROFILE_SLOTS = 2  # slots of the KV pool while memory is measured
+
+
+class Engine:
+    """A loaded model that takes requests.
+
+    Args:
+        config: what to load.
+        refs: plugins that another process resolved; None resolves them here.
+        progress: told the phase ("plugins", "weights", "memory", "graphs") and its share done, 0 to 1.
+
+    Raises:
+        LightError: the model cannot be served here.
+    """
+
+    def __init__(self, config: EngineConfig, refs: Sequence[PluginRef] | None = None, progress: Progress | None = None) -> None:
+        began = time.perf_counter()
+        self.config, self._progress = config, progress or (lambda phase, share: None)
+        self._progress("plugins", 0.0)
+        self.resolved = resolved = resolve_model(config, refs)
+        self.runtime = bind_model(resolved, config)
+        logger.info("model %s, family %s by plugin %s", resolved.files.folder, resolved.family.name, self.runtime.plugin)
+        logger.info("device %s, dtype %s, max_model_len %d", resolved.device, resolved.dtype, resolved.limits.max_model_len)
+        for choice in self.runtime.choices:
+            logger.info("kernel %s", choice)
+        self._load_weights()
+        sampler_ops = _sampler_ops(resolved, config)
+        self.vocab_size = _vocab_size(self.runtime)
+        sampler = Sampler(sampler_ops, resolved.limits.max_num_seqs, self.vocab_size, resolved.device)
+        self.kernels = [*map(str, self.runtime.choices), *map(str, sampler_ops.freeze())]
+        self.runner = ModelRunner(self.runtime, sampler, use_graphs=not config.enforce_eager)
+        num_slots = self._size_pool()
+        for share in self.runner.capture():
+            self._progress("graphs", share)
+        self.scheduler = Scheduler(
+            num_slots=num_slots,
+            max_num_seqs=resolved.limits.max_num_seqs,
+            max_num_batched_tokens=resolved.limits.max_num_batched_tokens,
+            max_model_len=resolved.limits.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_shared_len=self.runtime.kv_layout.max_shared_len,
+        )
+        ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
+        self._depth = 1 if ahead else 0
+        self._launched: deque[Launched] = deque()
+        # Of requests whose prompt is under way, and who has been told theirs.
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._prompt_told: set[int] = set()
+        self._eos = _end_tokens(resolved)
+        self.startup_s = time.perf_counter() - began
+
+    # ------------------------------------------------------------------------------------ loading
+
+    def _load_weights(self) -> None:
+        began = time.perf_counter()
+        self._progress("weights", 0.0)
+        modules, plan = self.runtime.modules, self.runtime.weight_plan
+        if self.config.load_format == "dummy":
+            fill_dummy(modules, plan, self.config.seed)
+        else:
+            load_weights(modules, plan, self.resolved.files.folder, self.resolved.device, lambda share: self._progress("weights", share))
+        self._progress("weights", 1.0)
+        logger.info("weights ready in %.1f s", time.perf_counter() - began)
+
+    def _size_pool(self) -> int:
+        """Measures what is left for KV, takes it, and returns the number of slots."""
+        self._progress("memory", 0.0)
+        limits, token_bytes = self.resolved.limits, bytes_per_token(self.runtime.kv_layout)
+        self.runner.allocate_kv(PROFILE_SLOTS)
+        if self.resolved.device == "cpu":
+            self.runner.profile(1)
+            budget = cpu_budget()
+        else:
+            budget = self._measure_gpu()
+        num_slots = pool_slots(budget, token_bytes, self.config.max_total_tokens, limits.max_model_len, limits.max_num_seqs)
+        logger.info("memory %s", budget)
+        requests = (num_slots - 1) / limits.max_model_len
+        logger.info(
+            "KV pool %d tokens of %d bytes, %.1f requests of %d tokens at a time", num_slots - 1, token_bytes, requests, limits.max_model_len
+        )
+        self.runner.allocate_kv(num_slots)
+        self._progress("memory", 1.0)
+        return num_slots
+
+    def _measure_gpu(self) -> MemoryBudget:
+        device = torch.device(self.resolved.device)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.runner.profile()
+        torch.cuda.synchronize(device)
+        activations = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()
+        graphs = self.runner.graph_bytes()
+        free, total = torch.cuda.mem_get_info(device)
+        usable = int(total * self.config.gpu_memory_utilization)
+        return MemoryBudget(total, usable, weights=total - free, activations=int(activations), graphs=graphs)
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def add(self, request: EngineRequest) -> None:
+        """Takes a request.
+
+        Raises:
+            RequestError: it can never be served; nothing has changed.
+        """
+        self.runner.sampler.check(request)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: int) -> None:
+        """Drops a request, whatever it is doing; its memory is free at once. Unknown ones are ignored."""
+        self._prompt_logprobs.pop(request_id, None)
+        self._prompt_told.discard(request_id)
+        self.scheduler.abort(request_id)
+
+    def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Token ids that end an output with `params`: end of sequence unless ignored, and the request's own."""
+        own = frozenset(params.stop_token_ids or ())
+        return own if params.ignore_eos else own | self._eos
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return bool(self._launched) or self.scheduler.num_unfinished > 0
+
+    # ------------------------------------------------------------------------------------ the step
+
+    def step(self) -> list[TokenUpdate]:
+        """Launches the next step, if there is one, and returns the tokens of the oldest that is due."""
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._launched.append(self.runner.launch(plan))
+        if len(self._launched) > self._depth or (plan is None and self._launched):
+            return self._finish(self._launched.popleft())
+        return []
+
+    def drain(self) -> None:
+        """Finishes the steps that are under way; their tokens belong to nobody any more."""
+        while self._launched:
+            self._finish(self._launched.popleft())
+
+    def _finish(self, launched: Launched) -> list[TokenUpdate]:
+        plan = launched.plan
+        for index, wanted in enumerate(plan.prompt_logprobs):
+            records = self._prompt_logprobs.setdefault(wanted.request.request_id, [None])
+            records += launched.prompt_records(index)
+        if launched.sampled is None:
+            return self.scheduler.commit(plan, NO_TOKENS)
+        sampled = launched.sampled.result()
+        errors = {index: STATUS_TEXT[int(sampled.status[index])] for index in np.flatnonzero(sampled.status).tolist()}
+        updates = self.scheduler.commit(plan, sampled.token_ids, errors)
+        if sampled.logprobs is not None or any(request.params.prompt_logprobs is not None for request in plan.requests):
+            self._attach_logprobs(updates, plan.sampled_requests, sampled.logprobs)
+        return updates
+
+    def _attach_logprobs(
+        self, updates: Iterable[TokenUpdate], requests: Sequence[EngineRequest], logprobs: Sequence[TokenLogprobs | None] | None
+    ) -> None:
+        by_id = {request.request_id: index for index, request in enumerate(requests)}
+        for update in updates:
+            index = by_id[update.request_id]
+            one = logprobs[index] if logprobs is not None else None
+            if one is not None and update.token_ids:
+                update.logprobs = [one]
+            if requests[index].params.prompt_logprobs is not None and requests[index].request_id not in self._prompt_told:
+                self._prompt_told.add(update.request_id)
+                update.prompt_logprobs = self._prompt_logprobs.pop(update.request_id, [None])
+            if update.finish_reason is not None:
+                self._prompt_told.discard(update.request_id)
+
+    # ------------------------------------------------------------------------------------ about it
+
+    @property
+    def model_folder(self) -> Path:
+        """Where configuration and tokenizer are."""
+        return self.resolved.files.folder
+
+    @property
+    def chat_template(self) -> str | None:
+        """The family's own chat template, where it has one."""
+        from light_core.plugins import chat_spec
+
+        resolved = self.resolved
+        return chat_spec(resolved.plugins, family=resolved.family, config=resolved.files.config, limits=resolved.limits).template
+
+    @property
+    def card(self) -> ModelCard:
+        """What is served."""
+        resolved = self.resolved
+        info: dict[str, Any] = {
+            "family": resolved.family.name,
+            "device": resolved.device,
+            "dtype": resolved.dtype,
+            "kv_slots": self.runner.num_slots - 1,
+            "kernels": self.kernels,
+            "startup_s": round(self.startup_s, 2),
+        }
+        return ModelCard(resolved.limits.max_model_len, self.vocab_size, str(self.runtime.plugin), info)
+
+    def stats(self) -> EngineStats:
+        """As of now."""
+        return self.scheduler.stats()
+
+    def shutdown(self) -> None:
+        """Gives the device's memory back."""
+        self.drain()
+        self.runner.close()
+        if self.resolved.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _sampler_ops(resolved: Resolved, config: EngineConfig) -> OpTable:
+    """An op table of the sampler's own: the model's is frozen when it is bound."""
+    return OpTable(create_kernel_registry(resolved.plugins), describe_machine(resolved.device), resolved.dtype, config.kernels)
+
+
+def _vocab_size(runtime: ModelRuntime) -> int:
+    config = runtime.model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.vocab_size)
+
+
+def _end_tokens(resolved: Resolved) -> frozenset[int]:
+    """End-of-sequence tokens of generation_config.json and config.json."""
+    ends: set[int] = set()
+    path = resolved.files.folder / "generation_config.json"
+    sources = [resolved.files.raw.get("eos_token_id")]
+    if path.is_file():
+        try:
+            sources.append(json.loads(path.read_text()).get("eos_token_id"))
+        except (OSError, ValueError) as error:
+            logger.warning("%s is ignored: %s", path, error)
+    for source in sources:
+        ends.update([source] if isinstance(source, int) else source or ())
+    return frozenset(ends)
