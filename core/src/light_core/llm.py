@@ -205,7 +205,7 @@ class LLM:
         return RequestOutput(str(next(self._prompts)), text, list(token_ids), [])
 
     def _submit(self, result: RequestOutput, index: int, params: SamplingParams) -> tuple[int, _Sequence]:
-        output = CompletionOutput(index)
+        prompt, output = self._token_array(result.prompt_token_ids), CompletionOutput(index)
         decoder = None
         if self.tokenizer is not None and params.detokenize:
             from light_core.text.decoder import IncrementalDecoder
@@ -220,7 +220,7 @@ class LLM:
         seed = int(self._seeds.integers(2**62)) if params.seed is None else params.seed + index
         request = EngineRequest(
             request_id=next(self._ids),
-            prompt=self._token_array(result.prompt_token_ids),
+            prompt=prompt,
             params=params,
             stop_token_ids=self.engine.stop_token_ids(params),
             seed=seed,

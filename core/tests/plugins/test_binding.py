@@ -227,6 +227,14 @@ def test_wrappers_of_every_hook(site, hook, arguments, answer, changed):
     assert changed(bound(site))
 
 
+def test_wrapper_of_media_encoders_adds_to_what_others_answer(site):
+    site.install("alpha")
+    site.install("vision", HEADER + ENCODERS.format("MediaEncoder('image', 'image', dict, len, None)"))
+    more = "(*answer, MediaEncoder('audio', 'audio', dict, len, None))"
+    site.install("around", HEADER + WRAPPERS.format(hook="light_media_encoders", arguments="model", answer=more))
+    assert [encoder.name for encoder in bound(site).media_encoders] == ["image", "audio"]
+
+
 def test_wrappers_of_dependents_go_outermost(site):
     site.install("alpha")
     wrap = "ChatSpec(template=answer.template + '{}')"
@@ -356,3 +364,20 @@ def test_every_refusal_is_three_lines(site):
     with pytest.raises(LightError) as caught:
         bound(site)
     assert [line.partition(":")[0] for line in caught.value.block().splitlines()] == ["error", "cause", "try"]
+
+
+def test_a_wrapped_module_can_keep_its_parameters_names(site):
+    """A vision plugin puts itself before the embedding, and the text family's weight plan still fits."""
+    site.install("alpha")
+    wrapper = (
+        "import torch\n\nclass MediaPre(torch.nn.Module):\n    def __init__(self, inner):\n        super().__init__()\n"
+        "        object.__setattr__(self, 'inner', inner)\n"
+        "        self._modules, self._parameters, self._buffers = inner._modules, inner._parameters, inner._buffers\n"
+    )
+    (site.folder / "lp_media_model.py").write_text(wrapper)
+    body = WRAPPERS.format(hook="light_pre_layer", arguments="model", answer="__import__('lp_media_model').MediaPre(answer)")
+    site.install("media", HEADER + body)
+    pre = bound(site).pre
+    assert type(pre).__name__ == "MediaPre"
+    assert list(pre.state_dict()) == ["embedding"]
+    assert pre.embedding is pre.inner.embedding

@@ -61,6 +61,15 @@ def test_info_of_a_plugin(site, console):
     assert "light_media_encoders" not in text
 
 
+def test_info_names_kernels_for_ops_of_others(site, console):
+    body = "from light_core.ops import Kernel\n@hookimpl\ndef light_register_kernels(registry):\n"
+    site.install(
+        "alpha", f"from light_core.hookspecs import hookimpl\nlight_api = 1\n{body}    registry.kernel(Kernel('gather', 'fast', 'x:y'))\n"
+    )
+    assert plugin_info("alpha", console=console) == 0
+    assert "gather/fast" in printed(console)
+
+
 def test_info_of_a_broken_plugin(site, console):
     site.install("alpha", "light_api = 9")
     assert plugin_info("alpha", console=console) == 1

@@ -136,10 +136,10 @@ def test_names_count_once():
 def test_missing_name_lists_what_is_installed_and_near_misses(site):
     site.install("llama", version="1.4.0")
     with pytest.raises(PluginError) as caught:
-        select(("lama",), discover(site.path))
-    assert "'lama' is not installed" in caught.value.error
+        select(("lllama",), discover(site.path))
+    assert "'lllama' is not installed" in caught.value.error
     assert "llama (light-plugin-llama 1.4.0)" in caught.value.cause
-    assert "did you mean 'llama'" in caught.value.remedy and "pip install light-plugin-lama" in caught.value.remedy
+    assert "did you mean 'llama'" in caught.value.remedy and "pip install light-plugin-lllama" in caught.value.remedy
 
 
 def test_distribution_name_in_the_place_of_the_entry_point(site):

@@ -156,6 +156,16 @@ def test_file_plugin(site, tmp_path):
         load(loaded.refs)
 
 
+@pytest.mark.parametrize(("line", "cause"), [("", "does not say light_api"), ("light_api = 2", "made for plugin API 2")])
+def test_file_and_module_plugins_are_checked_too(site, line, cause):
+    (site.folder / "lp_unversioned").mkdir()
+    file = site.folder / "lp_unversioned" / "hooks.py"
+    file.write_text(line + "\nraise RuntimeError('imported')\n")
+    for name in (str(file), "lp_unversioned.hooks"):
+        error = refused(site, name)
+        assert cause in error.cause and "lp_unversioned" in error.error and error.remedy
+
+
 def test_file_plugin_that_fails_leaves_no_module(site, tmp_path):
     file = tmp_path / "bad.py"
     file.write_text("light_api = 1\nraise KeyError('x')\n")
@@ -181,6 +191,10 @@ def test_refs_cross_processes(site):
     again = load(refs)
     assert again.refs == loaded.refs
     assert [family.name for family in again.families] == ["alpha"]
+    with pytest.raises(ModelError) as caught:
+        resolve_family(["NoSuchModel"], again)
+    assert "light-plugin-beta 1.0.0 (beta) was not loaded: it is made for plugin API 9" in caught.value.cause
+    assert "pip install -U light-core" in caught.value.remedy
 
 
 def test_another_version_in_the_other_process(site):

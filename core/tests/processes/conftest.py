@@ -102,7 +102,7 @@ class Server:
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             with contextlib.suppress(OSError, http.client.HTTPException, json.JSONDecodeError):
-                if (value := condition()) or value == 0 and value is not False:
+                if value := condition():
                     return value
             time.sleep(0.02)
         raise AssertionError(f"it did not happen in {timeout} s:\n{self.log}")
@@ -128,9 +128,13 @@ class Server:
         """Asserts that no process, socket folder or listener is left."""
         self.wait_for(lambda: not [pid for pid in self.all_pids()[1:] if is_alive(pid)], timeout)
         assert [entry.name for entry in self.folder.iterdir()] == ["stderr"], "a socket folder is left"
+        self.wait_for(self._port_is_free, 1.0)
+
+    def _port_is_free(self) -> bool:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", self.port))
+        return True
 
     def close(self) -> None:
         for stream in self._streams:

@@ -5,6 +5,7 @@ behaves, as a list of `key=value`, e.g. "load_s=1,crash_at=10".
 """
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -100,9 +101,9 @@ class FakeEngine:
 
 
 def load_tokenizer(config: EngineConfig, refs: object) -> Tokenizer:
-    """Token i is the letter i % 26, so that texts can be told; 950 is a blank."""
+    """Token i is the letter i % 26, and its number, so that texts can be told."""
     vocab = {f"{chr(97 + token % 26)}{token}": token for token in range(VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.WordLevel({piece: token for piece, token in vocab.items()}, unk_token="a0"))
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a0"))
     tokenizer.decoder = decoders.Fuse()
     if "tokenizer_fails" in config.model:
         raise LightError("the tokenizer is broken", "tokenizer.json has no vocabulary", "get it again")
@@ -124,7 +125,7 @@ async def serve(client: RemoteEngine, boot: Boot, listener: Any, lifecycle: Life
         raise LightError("the chat template is broken", "line 3", "mend it")
     config = uvicorn.Config(_App(client), log_config=None, lifespan="off", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
-    server.capture_signals = lambda: __import__("contextlib").nullcontext()  # type: ignore[method-assign]
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
 
     async def watch() -> None:
         while not lifecycle.stopping.is_set() and not (lifecycle.draining.is_set() and not client.num_in_flight):

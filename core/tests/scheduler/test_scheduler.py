@@ -179,19 +179,30 @@ def test_512_requests_that_arrive_together_compute_their_common_prefix_once() ->
     assert all(update.num_cached_tokens == 0 for update in commit(scheduler, step(scheduler)))
 
 
-def test_a_chunk_looks_again_at_what_others_have_computed() -> None:
-    """Request 1 was admitted with a chunk of its own; what 0 computes next, 1 shares."""
+def test_a_prompt_in_chunks_is_shared_by_the_one_behind_it() -> None:
     scheduler = create(max_num_batched_tokens=20)
-    prompt = list(range(100))
-    scheduler.add(request(0, [*prompt, 900]))
+    for index in range(2):
+        scheduler.add(request(index, [*range(100), 900 + index]))
     computed = 0
-    plan = step(scheduler)
-    scheduler.add(request(1, [*prompt, 901]))
     while scheduler.stats().generation_tokens < 2:
+        plan = step(scheduler)
         computed += int(plan.query_lens[plan.num_decodes :].sum())
         commit(scheduler, plan)
-        plan = step(scheduler)
     assert computed == 101 + 1
+
+
+def test_a_chunk_takes_what_has_come_into_the_cache_since_the_one_before() -> None:
+    scheduler = create(max_num_batched_tokens=2)
+    scheduler.add(request(0, [1, 2, 3], max_tokens=9))
+    for _ in range(9):
+        commit(scheduler, step(scheduler))
+    scheduler.add(request(1, [1, 2, 3, *[7] * 20]))
+    plan = step(scheduler)
+    assert plan.positions.tolist() == [10, 3]  # request 1 knows of the prompt of 0 alone, and computes one token
+    assert commit(scheduler, plan)[0].finish_reason == "length"
+    plan = step(scheduler)
+    assert plan.positions.tolist() == [11, 12]  # 4 … 10 are the output of 0
+    assert plan.table_positions.tolist() == list(range(4, 13))
 
 
 def test_the_last_prompt_token_is_always_computed() -> None:

@@ -17,13 +17,13 @@ def test_generate(server: Any, tokenizer: Any) -> None:
 
 
 def test_generate_stream(server: Any, tokenizer: Any) -> None:
-    ids = tokenizer.encode("hello")
+    ids = (tokenizer.encode("hello") * 4)[:4]
     response = server.post("/generate_stream", {"inputs": "hello", "parameters": {"max_new_tokens": 4}})
     lines = [line for line in response.text.split("\n\n") if line]
     assert all(line.startswith("data:{") for line in lines)
     events = [json.loads(line[5:]) for line in lines]
-    assert [event["token"]["id"] for event in events] == ids[:4]
-    assert "".join(event["token"]["text"] for event in events) == tokenizer.decode(ids[:4])
+    assert [event["token"]["id"] for event in events] == ids
+    assert "".join(event["token"]["text"] for event in events) == tokenizer.decode(ids)
     assert [event["token"]["count_output_tokens"] for event in events] == [1, 2, 3, 4]
     assert [event["finished"] for event in events] == [False, False, False, True]
     assert events[-1]["finish_reason"] == "length"

@@ -55,7 +55,7 @@ def test_usage_only_where_asked_for(server: Any, read_events: Read, path: str) -
     assert last["choices"] == [] and last["usage"] == ask(max_tokens=4).json()["usage"]
     chunks = read_events(ask(max_tokens=4, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}))[:-1]
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 4
+    assert counts == sorted(counts) and 1 <= counts[0] < 4 and counts[-1] == 4
     assert ask(stream_options={"include_usage": True}).status_code == 400
     assert ask(stream_options={"include_usage": True}).json()["error"]["param"] == "stream_options"
 
@@ -278,7 +278,8 @@ def test_openapi_describes_requests_and_answers(server: Any) -> None:
 
     def refs(value: Any) -> list[str]:
         if isinstance(value, dict):
-            return [value["$ref"]] * ("$ref" in value) + [ref for item in value.values() for ref in refs(item)]
+            own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+            return own + [ref for item in value.values() for ref in refs(item)]
         return [ref for item in value for ref in refs(item)] if isinstance(value, list) else []
 
     assert {ref.rpartition("/")[2] for ref in refs(document)} <= set(document["components"]["schemas"])

@@ -115,12 +115,12 @@ def test_kernel_takes_views(device, make_batch, tolerances) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize(("waves", "min_blocks"), [(1, 1), (7, 1), (40, 1), (40, 3)])
+@pytest.mark.parametrize(("waves", "min_blocks"), [(1, 1), (7, 1), (40, 1), (40, 3), (200, 1)])
 def test_decode_splits(waves, min_blocks, window, device, make_batch, tolerances) -> None:
-    """Long and short requests together, cut in few parts and in many."""
+    """Long and short requests together, cut in few parts and in more than are combined at once."""
     from light_sdk.ops.attention.decode import decode_attention
 
-    batch = make_batch([1, 300, 17, 2, 90], [], GQA, device=device)
+    batch = make_batch([1, 700, 17, 2, 90], [], GQA, device=device)
     expected = torch.empty_like(batch.out)
     reference.attention(expected, *batch.arguments[1:], 0.3, window)
     decode_attention(*batch.arguments, 0.3, window, None, DecodeConfig(16, 4, 2, waves, min_blocks))

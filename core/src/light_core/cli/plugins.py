@@ -88,13 +88,15 @@ def _show(info: PluginInfo, loaded: LoadedPlugins, console: "Console") -> None:
     }
     if info.error is None:
         rows["hooks"] = ", ".join(loaded.hooks_of(info)) or "-"
-        rows["ops"] = ", ".join(create_kernel_registry(loaded, only=info).ops()) or "-"
+        registry = create_kernel_registry(loaded, only=info)
+        rows["ops"] = ", ".join(registry.ops()) or "-"
+        rows["kernels"] = ", ".join(f"{kernel.op}/{kernel.name}" for kernel in registry.offered) or "-"
     for key, value in rows.items():
         console.print(f"{key + ':':<14}{value}", markup=False, highlight=False, soft_wrap=True)
     for family in loaded.families.of(info):
         console.print(f"family {family.name}:", markup=False, highlight=False)
         for key, value in _family_rows(family).items():
-            console.print(f"  {key + ':':<22}{value}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {key + ':':<24}{value}", markup=False, highlight=False, soft_wrap=True)
     if info.error is not None:
         console.print(info.error.block(), markup=False, highlight=False, soft_wrap=True)
 

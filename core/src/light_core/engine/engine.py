@@ -61,13 +61,14 @@ class Engine:
         self.runtime = bind_model(resolved, config)
         logger.info("model %s, family %s by plugin %s", resolved.files.folder, resolved.family.name, self.runtime.plugin)
         logger.info("device %s, dtype %s, max_model_len %d", resolved.device, resolved.dtype, resolved.limits.max_model_len)
-        for choice in self.runtime.choices:
-            logger.info("kernel %s", choice)
         self._load_weights()
         sampler_ops = _sampler_ops(resolved, config)
         self.vocab_size = _vocab_size(self.runtime)
         sampler = Sampler(sampler_ops, resolved.limits.max_num_seqs, self.vocab_size, resolved.device)
-        self.kernels = [*map(str, self.runtime.choices), *map(str, sampler_ops.freeze())]
+        # Uses of one op that differ in shape alone are told once.
+        self.kernels = list(dict.fromkeys(map(str, (*self.runtime.choices, *sampler_ops.freeze()))))
+        for choice in self.kernels:
+            logger.info("kernel %s", choice)
         self.runner = ModelRunner(self.runtime, sampler, use_graphs=not config.enforce_eager)
         num_slots = self._size_pool()
         for share in self.runner.capture():

@@ -44,10 +44,24 @@ class MemoryBudget:
         )
 
 
-def cpu_budget() -> MemoryBudget:
-    """On a CPU: a quarter of the available memory, at most 4 GiB, beside weights that are in place already."""
+def cpu_budget(weights: int = 0) -> MemoryBudget:
+    """On a CPU: a quarter of the available memory for KV, at most 4 GiB.
+
+    Args:
+        weights: bytes of parameters that are not in memory yet.
+
+    Raises:
+        ConfigError: they do not fit in what is available.
+    """
     available = psutil.virtual_memory().available
-    return MemoryBudget(available, min(int(available * CPU_SHARE), CPU_MOST_BYTES), 0)
+    if weights > available:
+        raise ConfigError(
+            "the weights do not fit in memory",
+            f"they take {weights / GIB:.2f} GiB, available are {available / GIB:.2f} GiB",
+            "use a smaller model, or --dtype bfloat16",
+        )
+    kv = min(int((available - weights) * CPU_SHARE), CPU_MOST_BYTES)
+    return MemoryBudget(available, kv + weights, weights)
 
 
 def pool_slots(budget: MemoryBudget, token_bytes: int, asked: int | None, max_model_len: int, max_num_seqs: int) -> int:

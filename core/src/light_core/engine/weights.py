@@ -7,7 +7,7 @@ the checkpoint is consumed, every parameter is set. Not here: finding or downloa
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from light_core.errors import CheckpointError
 from light_core.types import Placement, Shard, WeightPlan
 
-__all__ = ["checkpoint_files", "fill_dummy", "load_weights", "named_parameters"]
+__all__ = ["check_names", "checkpoint_files", "fill_dummy", "load_weights", "named_parameters", "tie"]
 
 Progress = Callable[[float], None]
 INDEX = "model.safetensors.index.json"
@@ -74,6 +74,19 @@ def load_weights(
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return done
+
+
+def check_names(modules: Mapping[str, nn.Module], plan: WeightPlan, names: Iterable[str], folder: str | Path) -> None:
+    """What `load_weights` would say of a checkpoint with tensors `names`, without reading any.
+
+    Raises:
+        CheckpointError: as `load_weights`, but for shapes.
+    """
+    target = _Target(named_parameters(modules), plan)
+    for name in names:
+        for placement in target.take(name, Path(folder)):
+            target.mark(placement)
+    target.check(Path(folder))
 
 
 def fill_dummy(modules: Mapping[str, nn.Module], plan: WeightPlan, seed: int) -> None:
@@ -201,7 +214,7 @@ class _Target:
         if placement.transform is not None:
             tensor = placement.transform(tensor)
         parameter = self._parameters[placement.param].data
-        rows = parameter.shape[0] if placement.rows is None and parameter.ndim else (placement.rows or 0)
+        rows = self._rows(placement)
         place = parameter.narrow(0, placement.offset, rows) if parameter.ndim and placement.offset + rows <= parameter.shape[0] else parameter
         if place.shape != tensor.shape:
             raise CheckpointError(
@@ -210,7 +223,17 @@ class _Target:
                 "check that config.json belongs to these weights",
             )
         place.copy_(tensor, non_blocking=True)
-        self._filled[placement.param].append((placement.offset, placement.offset + rows))
+        self.mark(placement)
+
+    def mark(self, placement: Placement) -> None:
+        """Notes that what `placement` fills is filled."""
+        self._filled[placement.param].append((placement.offset, placement.offset + self._rows(placement)))
+
+    def _rows(self, placement: Placement) -> int:
+        parameter = self._parameters[placement.param]
+        if placement.rows is not None:
+            return placement.rows
+        return parameter.shape[0] if parameter.ndim else 0
 
     def check(self, folder: Path) -> None:
         """Raises `CheckpointError` unless every tensor was consumed and every parameter set."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pluggy
 
 from light_core import hookspecs
@@ -51,8 +52,8 @@ class LoadedPlugins:
 
     @property
     def refs(self) -> tuple[PluginRef, ...]:
-        """What another process needs to `load` exactly the same."""
-        return tuple(info.ref for info in self.plugins)
+        """What another process needs to `load` exactly the same; the broken ones come last, with their fault."""
+        return tuple(info.ref for info in self.plugins) + tuple(map(_faulty, self.broken))
 
     def info(self, name: str) -> PluginInfo:
         """The loaded plugin of that name; raises `KeyError` if there is none."""
@@ -90,6 +91,9 @@ def load(refs: Iterable[PluginRef]) -> LoadedPlugins:
     """
     loading = _Loading()
     for ref in refs:
+        if ref.fault is not None:
+            loading.broken.append(PluginInfo(msgspec.structs.replace(ref, fault=None), error=PluginError(*ref.fault)))
+            continue
         version = installed_version(ref)
         if version != ref.version:
             found = "it is gone" if version is None else f"this process finds version {version}"
@@ -97,7 +101,12 @@ def load(refs: Iterable[PluginRef]) -> LoadedPlugins:
                 f"plugin {ref} has changed while Light was starting", f"version {ref.version} was chosen, {found}", "start again"
             )
         loading.add(PluginInfo(ref), required=True)
-    return loading.finish(named=True)
+    return loading.finish(named=False, warn=False)
+
+
+def _faulty(info: PluginInfo) -> PluginRef:
+    assert info.error is not None, "only broken plugins are handed on with a fault"
+    return msgspec.structs.replace(info.ref, fault=(info.error.error, info.error.cause, info.error.remedy))
 
 
 def inspect_plugins(path: Sequence[str] | None = None) -> LoadedPlugins:
@@ -145,8 +154,8 @@ class _Loading:
         else:
             self.plugins.append(info)
 
-    def finish(self, named: bool) -> LoadedPlugins:
-        for info in self.broken:
+    def finish(self, named: bool, warn: bool = True) -> LoadedPlugins:
+        for info in self.broken if warn else ():
             logger.warning("plugin %s is not loaded: %s", info, info.error.cause if info.error else "")
         return LoadedPlugins(self.manager, tuple(self.plugins), tuple(self.broken), self.families, named)
 
@@ -249,13 +258,13 @@ def _announced(manager: pluggy.PluginManager, info: PluginInfo, module: ModuleTy
     return announcements.families
 
 
-def create_kernel_registry(loaded: LoadedPlugins, only: PluginInfo | None = None) -> KernelRegistry:
+def create_kernel_registry(loaded: LoadedPlugins, only: PluginInfo | None = None) -> "AttributedRegistry":
     """The ops and kernels of all loaded plugins, or of one of them. Imports no kernel.
 
     Raises:
         PluginError: two plugins declare one op or kernel, or a kernel is for an op that nobody declares.
     """
-    registry = _AttributedRegistry()
+    registry = AttributedRegistry()
     for info in loaded.plugins:
         if only is None or info.ref == only.ref:
             registry.info = info
@@ -268,7 +277,7 @@ def create_kernel_registry(loaded: LoadedPlugins, only: PluginInfo | None = None
     return registry
 
 
-class _AttributedRegistry(KernelRegistry):
+class AttributedRegistry(KernelRegistry):
     """Remembers which plugin offered which kernel, for errors that show only when all have registered."""
 
     def __init__(self) -> None:
@@ -279,6 +288,11 @@ class _AttributedRegistry(KernelRegistry):
     def kernel(self, kernel: Kernel) -> None:
         super().kernel(kernel)
         self._offered.append((kernel, self.info))
+
+    @property
+    def offered(self) -> tuple[Kernel, ...]:
+        """Kernels beside the references, in the order in which they were offered."""
+        return tuple(kernel for kernel, _ in self._offered)
 
     def attributed(self, error: PluginError) -> PluginError:
         """`error` with the plugins whose kernels it speaks of."""

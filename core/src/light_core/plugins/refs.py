@@ -19,6 +19,8 @@ class PluginRef(msgspec.Struct, frozen=True, omit_defaults=True):
         version: of the distribution; "sha256:…" of the source for a plugin that belongs to none.
         distribution: "" for a module or file that was named by its path.
         file: absolute path of a plugin named by its file, else "".
+        fault: error, cause and remedy of a plugin that could not be loaded; None for one that was. It is handed on
+            so that whichever process finds no family for a model can repeat it.
     """
 
     name: str
@@ -26,6 +28,7 @@ class PluginRef(msgspec.Struct, frozen=True, omit_defaults=True):
     version: str
     distribution: str = ""
     file: str = ""
+    fault: tuple[str, str, str] | None = None
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version} ({self.name})" if self.distribution else f"{self.file or self.name} {self.version}"

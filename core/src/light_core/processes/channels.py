@@ -46,7 +46,8 @@ class SocketFolder:
         parent = Path(base) if base is not None else _base_folder()
         _sweep(parent)
         if len(bytes(parent / f"{self.PREFIX}12345678" / "detokenizer")) > MAX_PATH_BYTES:
-            raise ConfigError(f"the folder {parent} is too deep for sockets", f"addresses have at most {MAX_PATH_BYTES} bytes", "set TMPDIR=/tmp")
+            cause = f"socket addresses have at most {MAX_PATH_BYTES} bytes"
+            raise ConfigError(f"the folder {parent} is too deep for sockets", cause, "set TMPDIR=/tmp")
         self.path, self._lock = self._create(parent)
 
     def _create(self, parent: Path) -> tuple[Path, int]:
@@ -171,7 +172,7 @@ class Receiver(Generic[T]):
         """Blocks until a message may have come, `wake_fd` is readable, or the time is over."""
         if wake_fd is not None and wake_fd not in self._poller:
             self._poller.register(wake_fd, zmq.POLLIN)
-        self._poller.poll(timeout_s * 1000)
+        self._poller.poll(int(timeout_s * 1000))
 
     def close(self) -> None:
         """Unbinds."""

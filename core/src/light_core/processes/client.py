@@ -228,7 +228,8 @@ class RemoteEngine:
             )
         if params.max_tokens is not None and params.max_tokens > room:
             raise RequestError(
-                f"max_tokens {params.max_tokens} and a prompt of {len(array)} tokens exceed the model's {card.max_model_len}; use at most {room}",
+                f"max_tokens {params.max_tokens} and a prompt of {len(array)} tokens exceed the model's {card.max_model_len}; "
+                f"use at most {room}",
                 "max_tokens",
             )
         if params.prompt_logprobs is not None and len(array) * (params.prompt_logprobs + 1) * params.n > MAX_PROMPT_LOGPROBS:

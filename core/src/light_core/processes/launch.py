@@ -23,6 +23,7 @@ __all__ = ["ChildProcess", "bind_listener", "num_oom_kills", "start_child"]
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
 
 
 class ChildProcess:
@@ -91,8 +92,10 @@ class ChildProcess:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
         error = f"the {self.role} process was killed by {name}"
         if -status != signal.SIGKILL:
-            cause = "it crashed in native code: a fault of a kernel, a driver or a library" if name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL") else ""
-            return Failure(error, cause, "see the stacks in the log above" if cause else "find out who sent the signal", 1)
+            if name in CRASHES:
+                cause = "it crashed in native code: a fault of a kernel, a driver or a library"
+                return Failure(error, cause, "see the stacks in the log above", 1)
+            return Failure(error, "", "find out who sent the signal", 1)
         if num_oom_kills() > self._num_oom_kills:
             return Failure(error, "the kernel's out-of-memory killer was at work", "give the server more memory, or a smaller model", 1)
         return Failure(error, "somebody killed it, or the container's memory limit did", "look into the kernel's log (dmesg) for 'oom'", 1)

@@ -49,14 +49,10 @@ class MessageError(ValueError):
     """A frame that is no message of the kind expected."""
 
 
-class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    pass
-
-
 # ------------------------------------------------------------------------------------- to the engine
 
 
-class Submit(_Message, tag="submit"):
+class Submit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="submit"):
     """A new output to generate; its prompt is in the shared request.
 
     Attributes:
@@ -74,14 +70,14 @@ class Submit(_Message, tag="submit"):
     salt: str
 
 
-class Abort(_Message, tag="abort"):
+class Abort(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="abort"):
     """The client has gone."""
 
     slot: Count
     generation: Generation
 
 
-class StopHit(_Message, tag="stop_hit"):
+class StopHit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="stop_hit"):
     """The text has reached a stop string: the output has ended, what the engine may have beyond it is not wanted."""
 
     slot: Count
@@ -94,7 +90,7 @@ ToEngine = Submit | Abort | StopHit
 # ------------------------------------------------------------------------------------- to the detokenizer
 
 
-class Open(_Message, tag="open"):
+class Open(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="open"):
     """The engine has taken a request; sent before its first `Progress`.
 
     Attributes:
@@ -132,7 +128,7 @@ class Progress(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=
     param: str | None = None
 
 
-class StepUpdate(_Message, tag="step"):
+class StepUpdate(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="step"):
     """What one step of the engine gave."""
 
     updates: list[Progress]
@@ -167,7 +163,7 @@ class TextUpdate(msgspec.Struct, array_like=True, forbid_unknown_fields=True, ta
     param: str | None = None
 
 
-class TextUpdates(_Message, tag="texts"):
+class TextUpdates(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="texts"):
     """What one step of the engine gave, as text."""
 
     updates: list[TextUpdate]
@@ -176,15 +172,15 @@ class TextUpdates(_Message, tag="texts"):
 # ------------------------------------------------------------------------------------- supervisor and children
 
 
-class Drain(_Message, tag="drain"):
+class Drain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="drain"):
     """Take no new requests; finish those in flight, then exit with 0."""
 
 
-class Stop(_Message, tag="stop"):
+class Stop(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="stop"):
     """Exit now, with 0."""
 
 
-class EngineDead(_Message, tag="engine_dead"):
+class EngineDead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="engine_dead"):
     """The engine or the detokenizer has died: tell the clients, then exit."""
 
     reason: str
@@ -193,7 +189,7 @@ class EngineDead(_Message, tag="engine_dead"):
 ToChild = Drain | Stop | EngineDead
 
 
-class Failure(_Message, tag="failure"):
+class Failure(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="failure"):
     """Why a child is about to exit."""
 
     error: str

@@ -194,7 +194,7 @@ class Supervisor:
         self._restarts.append(now)
         obituary = child.obituary(status)
         if len(self._restarts) > self._settings.max_http_restarts:
-            count = f"it was the {len(self._restarts)}th time within {RESTART_WINDOW_S:.0f} s; {obituary.cause}"
+            count = f"{len(self._restarts)} times within {RESTART_WINDOW_S:.0f} s; {obituary.cause}"
             self._fail(Failure(obituary.error, count, obituary.remedy, 1))
             return
         logger.error("%s (%s); starting it again", obituary.error, obituary.cause)

@@ -73,7 +73,7 @@ class RopeParameters:
         theta = entries.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
         share = entries.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
         rotary_dim, max_len = int(head_dim * share), int(config.max_position_embeddings)
-        if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        if rotary_dim < (4 if kind == "dynamic" else 2) or rotary_dim % 2 or rotary_dim > head_dim:
             raise ModelError(f"{rotary_dim} of {head_dim} dimensions cannot be rotated", "an even number is needed", "mend config.json")
         original = max_len
         if kind in ("yarn", "longrope", "llama3"):

@@ -136,12 +136,15 @@ class FamilyConformance:
         """The configuration's checkpoint and references, made once for all checks of the class."""
         name = request.param
         if name not in self._cases:
-            source = create_model(self.configs()[name])
-            traces = [trace(source, prompt) for prompt in create_prompts(source.config.vocab_size)]
-            folder = tmp_path_factory.mktemp(name)
-            save_model(source, folder, lambda config: self.rewrite_config(name, config))
-            self._cases[name] = Case(name, folder, source, traces, load_model(folder, self.plugins, max_model_len=MAX_MODEL_LEN))
+            self._cases[name] = self.create_case(name, tmp_path_factory.mktemp(name))
         return self._cases[name]
+
+    def create_case(self, name: str, folder: Path) -> Case:
+        """Writes the checkpoint of configuration `name` to `folder`, and binds the family to it."""
+        source = create_model(self.configs()[name])
+        traces = [trace(source, prompt) for prompt in create_prompts(source.config.vocab_size)]
+        save_model(source, folder, lambda config: self.rewrite_config(name, config))
+        return Case(name, folder, source, traces, load_model(folder, self.plugins, max_model_len=MAX_MODEL_LEN))
 
     @pytest.fixture(autouse=True)
     def _skip_exempt(self, request: pytest.FixtureRequest) -> None:
@@ -247,11 +250,22 @@ class FamilyConformance:
         first = run.start(2)
         run.prefill(first)
         second = run.start(3, prefix=first, prefix_len=PREFIX_LEN)
-        run.prefill(second)
+        run.step((second, len(sharer.prompt) - PREFIX_LEN))
         for _ in range(NUM_OUTPUT - 1):
             run.step((first, 1), (second, 1))
         run.driver.finish(first)
         assert second.num_computed == len(sharer.tokens) - 1
+
+    def test_prefix_of_the_same_step(self, case: Case) -> None:
+        """A request may read KV that another one writes in the same step: layers write all of it before they attend."""
+        limit = case.runtime.kv_layout.max_shared_len
+        sharer = case.traces[3]
+        assert limit is None or limit >= len(sharer.prompt), f"{case.name}: choose an original length of {len(sharer.prompt)} or more"
+        run = Run(case, Driver(case.runtime))
+        first = run.start(2)
+        second = run.start(3, prefix=first, prefix_len=PREFIX_LEN)
+        run.step((first, first.num_pending), (second, len(sharer.prompt) - PREFIX_LEN))
+        run.step((second, 1), (first, 1))
 
     def test_mixed_batch(self, case: Case) -> None:
         """Decodes and prefill chunks in one step compute what each computes alone."""
@@ -279,9 +293,9 @@ class FamilyConformance:
 
     def test_preemption(self, case: Case) -> None:
         """A request that lost its KV half-way is recomputed, prompt and output, and goes on undisturbed."""
-        for chunk in (7, MAX_MODEL_LEN):
+        for index, chunk in ((0, 7), (3, 7), (3, MAX_MODEL_LEN)):
             run = Run(case, Driver(case.runtime))
-            victim, other = run.start(2), run.start(0)
+            victim, other = run.start(index), run.start(2)
             run.prefill(victim)
             run.prefill(other)
             for _ in range(NUM_OUTPUT // 2):

@@ -67,13 +67,17 @@ class Driver:
             random.Random(seed).shuffle(self._free_slots)
             random.Random(seed).shuffle(self._free_rows)
         self._users = [0] * num_slots
+        self._prefixes: dict[DriverRequest, tuple[DriverRequest, int]] = {}
 
     def start(self, prompt: Sequence[int], prefix: DriverRequest | None = None, prefix_len: int = 0) -> DriverRequest:
-        """A new request, whose first `prefix_len` tokens are those of `prefix` and use its KV."""
+        """A new request, whose first `prefix_len` tokens are those of `prefix` and use its KV.
+
+        `prefix` must have that KV when the request's first step is prepared, or get it earlier in the same step.
+        """
         request = DriverRequest(list(prompt), len(prompt), self._free_rows.pop(0))
         if prefix is not None:
-            assert list(prompt[:prefix_len]) == prefix.tokens[:prefix_len] and prefix_len <= prefix.num_computed
-            self._hold(request, prefix.slots[:prefix_len])
+            assert list(prompt[:prefix_len]) == prefix.tokens[:prefix_len]
+            self._prefixes[request] = (prefix, prefix_len)
         return request
 
     def preempt(self, request: DriverRequest) -> None:
@@ -110,8 +114,13 @@ class Driver:
     def prepare(self, work: Sequence[tuple[DriverRequest, int]]) -> Step:
         """Gives the next tokens of each request slots and writes them down as a step; every row's logits are wanted."""
         requests, counts = [request for request, _ in work], [count for _, count in work]
-        begins = [request.num_computed for request in requests]
+        begins = []
         for request, count in work:
+            if request in self._prefixes:
+                prefix, prefix_len = self._prefixes.pop(request)
+                assert prefix_len <= prefix.num_computed
+                self._hold(request, prefix.slots[:prefix_len])
+            begins.append(request.num_computed)
             assert 0 < count <= request.num_pending
             self._hold(request, [self._free_slots.pop(0) for _ in range(count)])
         positions = [p for begin, count in zip(begins, counts) for p in range(begin, begin + count)]

@@ -66,7 +66,8 @@ class EchoLayer(nn.Module):
         # What lies beyond a request's length is no slot at all, so it is cleared before it is followed.
         slots_BL = step.slot_table[step.rows.long(), : step.max_seq_len].masked_fill(unused_BL, 0)
         terms_BL = ((index_L + 1) * (plane_S[slots_BL.long()].long() + 1)).masked_fill(unused_BL, 0)
-        return self.first + terms_BL.cumsum(1)[request_T, position_T] % (self.vocab_size - self.first)
+        sums_T = terms_BL.cumsum(1)[request_T, position_T]
+        return sums_T % (self.vocab_size - self.first) + self.first
 
 
 class EchoPost(nn.Module):

@@ -23,6 +23,7 @@ MAX_SPLITS = 64
 SPLIT_UNIT = 2048
 PROGRAMS = 1024  # enough for several waves on the largest GPU
 BLOCK = 4096
+FILTER_BLOCK = 2048  # a program that searches keeps more in registers
 LIST_BLOCK = 256
 CANDIDATES = 2048  # kept tokens that a program can hold at once
 
@@ -297,7 +298,7 @@ def sample(out: torch.Tensor, logits: torch.Tensor, batch: Batch, state: Sampler
     _sample_rows[(num_rows,)](
         out, out.stride(0), stats, tokens, *rows, state.last_tokens, state.counts, scratch[0].view(torch.float32), scratch[1],
         vocab, num_splits, split_len, PROCESSED=batch.processed, HAS_RANDOM=has_random, HAS_FILTER=has_filter,
-        MAX_SPLITS=MAX_SPLITS, CANDIDATES=CANDIDATES, BLOCK=BLOCK, num_warps=16 if has_filter else 8,
+        MAX_SPLITS=MAX_SPLITS, CANDIDATES=CANDIDATES, BLOCK=FILTER_BLOCK if has_filter else BLOCK, num_warps=16 if has_filter else 8,
     )  # fmt: skip
 
 

@@ -1,0 +1,122 @@
+"""Sockets: bounded, private, and not impressed by noise."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from light_core.errors import ConfigError
+from light_core.processes.channels import Receiver, Sender, SocketFolder
+from light_core.processes.messages import Abort, ToEngine
+
+LIMIT = 1 << 16
+
+
+@pytest.fixture
+def context() -> Iterator[Any]:
+    """A context that ends its sockets with the test."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    make, made = context.socket, []
+
+    def socket(kind: int) -> Any:
+        made.append(make(kind))
+        return made[-1]
+
+    context.socket = socket  # type: ignore[assignment,method-assign]
+    yield context
+    for one in made:
+        one.close(linger=0)
+    context.term()
+
+
+def received(receiver: Receiver[Any], count: int) -> list[Any]:
+    """The next `count` messages, or fewer if they do not come."""
+    messages: list[Any] = []
+    for _ in range(100):
+        messages += receiver.drain()
+        if len(messages) >= count:
+            return messages
+        receiver.wait(0.05)
+    return messages
+
+
+def test_messages_arrive_in_order(context: Any, tmp_path: Path) -> None:
+    sender = Sender(context, tmp_path, "engine", LIMIT)
+    assert sender.send(Abort(1, 1)), "a sender may come before its receiver"
+    receiver: Receiver[Any] = Receiver(context, tmp_path, "engine", ToEngine, LIMIT)
+    for number in range(2, 100):
+        assert sender.send(Abort(number, 1))
+    assert [message.slot for message in received(receiver, 99)] == list(range(1, 100))
+
+
+def test_a_receiver_that_does_not_read_never_blocks_the_sender(context: Any, tmp_path: Path) -> None:
+    sender = Sender(context, tmp_path, "engine", LIMIT, high_water_mark=10)
+    receiver: Receiver[Any] = Receiver(context, tmp_path, "engine", ToEngine, LIMIT)
+    accepted = sum(sender.send(Abort(number, 1)) for number in range(100_000))
+    assert accepted < 100_000
+    assert len(received(receiver, accepted)) == accepted
+
+
+def test_a_receiver_may_be_restarted(context: Any, tmp_path: Path) -> None:
+    sender = Sender(context, tmp_path, "http", LIMIT)
+    first: Receiver[Any] = Receiver(context, tmp_path, "http", ToEngine, LIMIT)
+    sender.send(Abort(1, 1))
+    assert len(received(first, 1)) == 1
+    first.close()
+    second: Receiver[Any] = Receiver(context, tmp_path, "http", ToEngine, LIMIT)
+    sender.send(Abort(2, 1))
+    assert received(second, 1)[-1] == Abort(2, 1)
+
+
+def test_noise_is_dropped(context: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    receiver: Receiver[Any] = Receiver(context, tmp_path, "engine", ToEngine, LIMIT)
+    sender = Sender(context, tmp_path, "engine", LIMIT)
+    raw = sender._socket
+    with caplog.at_level(logging.WARNING):
+        raw.send(b"")
+        raw.send(b"\x80\x04cos\nsystem\n.")
+        raw.send_multipart([b"a", b"b"])
+        sender.send(Abort(5, 1))
+        assert received(receiver, 1) == [Abort(5, 1)]
+    assert "malformed message" in caplog.text
+
+
+def test_oversized_messages_are_refused_on_both_sides(context: Any, tmp_path: Path) -> None:
+    receiver: Receiver[Any] = Receiver(context, tmp_path, "engine", ToEngine, LIMIT)
+    sender = Sender(context, tmp_path, "engine", LIMIT)
+    assert not sender.send(["abort", "x" * LIMIT])
+    hostile = context.socket(zmq.PUSH)
+    hostile.connect(f"ipc://{tmp_path / 'engine'}")
+    hostile.send(bytes(2 * LIMIT))
+    sender.send(Abort(5, 1))
+    assert received(receiver, 1) == [Abort(5, 1)]
+    assert list(receiver.drain()) == []
+
+
+def test_folder_is_private_and_goes(tmp_path: Path) -> None:
+    folder = SocketFolder(str(tmp_path))
+    assert os.stat(folder.path).st_mode & 0o777 == 0o700
+    folder.remove()
+    folder.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "light-serve-notours"
+    foreign.mkdir()
+    (foreign / "data").write_text("precious")
+    folder = SocketFolder(str(tmp_path))
+    assert (foreign / "data").exists()
+    folder.remove()
+
+
+def test_a_path_too_long_for_a_socket(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    with pytest.raises(ConfigError, match="107 bytes"):
+        SocketFolder(str(deep))
+    assert list(deep.iterdir()) == []

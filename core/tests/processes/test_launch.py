@@ -1,0 +1,88 @@
+"""What the supervisor knows of its children and of the port; settings; the import that must stay light."""
+
+import dataclasses
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from light_core.engine.requests import EngineStats
+from light_core.errors import ConfigError
+from light_core.processes.launch import ChildProcess, bind_listener
+from light_core.processes.settings import ProcessSettings
+from light_core.processes.supervisor import throughput_line
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import sys; sys.exit(3)", "exit code 3"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "native code"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGHUP)})", ""),
+    ],
+)
+def test_obituaries(code: str, words: str) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        child = ChildProcess("engine", subprocess.Popen([sys.executable, "-c", code], process_group=0), ours)
+        child.wait()
+        status = child.poll()
+        child.close()
+    assert status is not None
+    failure = child.obituary(status)
+    assert failure.error.startswith("the engine process")
+    assert words in f"{failure.error} {failure.cause}"
+    assert failure.remedy
+    assert failure.exit_code == 1
+
+
+def test_listener_takes_a_free_port_and_names_the_holder_of_a_taken_one() -> None:
+    with bind_listener("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1.*listens there"):
+            bind_listener("127.0.0.1", port)
+    bind_listener("127.0.0.1", port).close()
+
+
+def test_a_host_that_is_not_ours() -> None:
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
+        bind_listener("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"port": 70000}, {"port": -1}, {"num_slots": 0}, {"num_slots": True}, {"shutdown_timeout_s": -1}, {"watchdog_timeout_s": "x"}]
+)
+def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        ProcessSettings(**wrong)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ProcessSettings().port = 1  # type: ignore[misc]
+
+
+def test_throughput() -> None:
+    before = EngineStats(prompt_tokens=100, generation_tokens=50, prefix_cache_queries=100, prefix_cache_hits=10)
+    now = EngineStats(
+        num_requests_running=16,
+        kv_slots_total=1000,
+        kv_slots_used=123,
+        prompt_tokens=10_695,
+        generation_tokens=5175,
+        prefix_cache_queries=1100,
+        prefix_cache_hits=748,
+    )
+    assert throughput_line(before, now, 5.0) == (
+        "prompt 2119 tok/s, output 1025 tok/s, running 16, waiting 0, KV 12.3 %, prefix hits 73.8 %"
+    )
+    assert throughput_line(now, dataclasses.replace(now, num_requests_running=0), 5.0) is None
+
+
+def test_the_supervisor_imports_no_torch() -> None:
+    code = "import sys, light_core.processes; print(sorted({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
