@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for folder in ("core/src", "sdk/src", "plugins") for path in (ROOT / folder).rglob("*.py") if "tests" not in path.parts)
+SOURCES = sorted(
+    path for folder in ("core/src", "sdk/src", "plugins") for path in (ROOT / folder).rglob("*.py") if "tests" not in path.parts
+)
 
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "rpyc", "pickletools", "jsonpickle"}
 CALLS = {"eval", "exec", "compile", "recv_pyobj", "send_pyobj", "allow_pickle", "loads_pickle"}

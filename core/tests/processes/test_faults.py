@@ -11,7 +11,7 @@ import pytest
 
 ROLES = ("engine", "detokenizer", "http", "supervisor")
 STATES = ("loading", "idle", "running")
-FAST = {"watchdog_timeout_s": 2.0, "heartbeat_timeout_s": 1.0}
+FAST = {"watchdog_timeout_s": 1.5, "heartbeat_timeout_s": 1.0}
 
 
 def last_block(log: str) -> list[str]:

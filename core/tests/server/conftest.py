@@ -149,7 +149,7 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., RunningServer]]:
         engine: StubEngine | None = None, *, no_tokenizer: bool = False, served: Tokenizer | None = None, prepare: Any = None, **settings: Any
     ) -> RunningServer:
         own = None if no_tokenizer else served or tokenizer
-        settings.setdefault("served_model_names", ("tiny", "alias"))
+        settings = {"served_model_names": ("tiny", "alias"), "drain_delay_s": 0.0, **settings}
         server = RunningServer(engine or StubEngine(own, max_model_len=512), own, ServerSettings(**settings), prepare)
         running.append(server)
         return server

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from light_sdk import CheckpointError
+from light_sdk.testing.driver import Driver
 from light_sdk.testing.loading import load_model
 from light_sdk.testing.reference import create_model, save_model
 
@@ -55,3 +56,21 @@ def test_missing_projection_is_named(folder: Path) -> None:
     rewrite(folder, tensors)
     with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.qkv\.weight"):
         load_model(folder, PLUGINS)
+
+
+def test_yi_of_its_own_architecture(tmp_path: Path) -> None:
+    """Its norms are called ln1 and ln2, and transformers has no class for its configuration."""
+    source = create_model(LlamaConfig(**TINY, num_key_value_heads=2, rope_theta=5000000.0, pad_token_id=0))
+    settings = {"architectures": ["YiForCausalLM"], "model_type": "Yi", "rope_theta": 5000000.0}
+    dropped = ("rope_parameters", "head_dim", "attention_bias", "mlp_bias")
+    save_model(source, tmp_path, lambda config: {name: value for name, value in config.items() if name not in dropped} | settings)
+    norms = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
+    tensors = load_file(tmp_path / "model.safetensors")
+    for old, new in norms.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    rewrite(tmp_path, tensors)
+    prompt = [7, 3, 44, 21, 9]
+    driver = Driver(load_model(tmp_path, PLUGINS))
+    (logits,) = driver.step([(driver.start(prompt), len(prompt))])
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, source(torch.tensor([prompt])).logits[0], atol=1e-4, rtol=0)

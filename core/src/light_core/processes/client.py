@@ -103,7 +103,7 @@ class RemoteEngine:
 
     def __init__(self, arena: Arena, config: EngineConfig, settings: ProcessSettings, folder: Path) -> None:
         self._arena, self._settings = arena, settings
-        self._max_running = config.max_num_seqs
+        self._max_num_seqs = config.max_num_seqs
         self._loop = asyncio.get_running_loop()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         limit = settings.max_message_bytes
@@ -262,8 +262,10 @@ class RemoteEngine:
         """Raises `OverloadedError` if `num_outputs` more would make the line of those that wait too long."""
         # The engine's count may be a step old and knows nothing of a burst, so what is open beyond what can run at once
         # counts as waiting too. Where memory lets fewer run, the engine's count is the larger one.
-        queued = self.stats().num_requests_waiting
-        beyond = len(self._outputs) + num_outputs - self._max_running
+        stats = self.stats()
+        queued = stats.num_requests_waiting
+        can_run = self._max_num_seqs or int(self.card.info.get("max_num_seqs", 0)) or stats.num_requests_running
+        beyond = len(self._outputs) + num_outputs - can_run
         if max(beyond, queued + num_outputs if queued else 0) > self._settings.max_queued:
             raise OverloadedError(f"{max(queued, beyond - num_outputs)} requests are waiting; the limit is {self._settings.max_queued}")
         if num_outputs > self._slots.num_free:

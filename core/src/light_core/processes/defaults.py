@@ -4,10 +4,12 @@ Here the process tree meets the rest of core. Imports are late: each process pay
 """
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import msgspec
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from light_core.plugins import LoadedPlugins
     from light_core.text.tokenizer import Tokenizer
     from light_core.types import ChatSpec
+
+T = TypeVar("T")
 
 __all__ = ["load_model_tokenizer", "resolve_plugins", "serve_openai"]
 
@@ -56,8 +60,8 @@ async def serve_openai(client: RemoteEngine, boot: Boot, listener: socket.socket
 
     settings = msgspec.convert(dict(boot.server), ServerSettings)
     client.held = True
-    texts = asyncio.get_running_loop().run_in_executor(None, _load_texts, boot.config, boot.refs)
     loaded = asyncio.Event()
+    texts = _in_background(lambda: _load_texts(boot.config, boot.refs))
     texts.add_done_callback(lambda _: loaded.set())
     await _run(create_app(client, None, settings), listener.dup(), lifecycle, loaded)
     if lifecycle.stopping.is_set() or lifecycle.draining.is_set():
@@ -87,6 +91,30 @@ async def _run(app: "FastAPI", listener: socket.socket, lifecycle: Lifecycle, un
         await server.serve([listener])
     finally:
         watching.cancel()
+
+
+def _in_background(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """Runs `work` in a thread that, unlike an executor's, does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(T, result))
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = work()
+        except BaseException as error:
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, problem)
+
+    threading.Thread(target=run, name="texts", daemon=True).start()
+    return future
 
 
 async def _any_of(*events: asyncio.Event) -> None:
@@ -121,7 +149,8 @@ def _load_texts(config: EngineConfig, refs: Sequence[PluginRef]) -> "tuple[Token
     loaded = load(refs)
     folder = _model_folder(config, loaded)
     files = read_config(folder, config.hf_overrides)
-    limits = Limits(resolve_max_model_len(files, config.max_model_len), config.max_num_seqs, config.max_num_batched_tokens)
+    # Nothing is computed here: conversations depend on the model's length at most.
+    limits = Limits(resolve_max_model_len(files, config.max_model_len), max_num_seqs=1, max_num_batched_tokens=1)
     family = resolve_family(files.architectures, loaded)
     chat = chat_spec(loaded, family=family, config=files.config, limits=limits, folder=str(folder))
     return None if config.skip_tokenizer_init else _tokenizer(config, folder), chat

@@ -20,7 +20,7 @@ from light_core.plugins.refs import PluginRef
 from light_core.processes.arena import BUSY_SINCE_NS, ENGINE_READY, NUM_STEPS, Arena
 from light_core.processes.channels import Receiver, Sender
 from light_core.processes.guards import Child, load_target, run_child
-from light_core.processes.messages import Abort, Open, Progress, StepUpdate, StopHit, Submit, ToEngine
+from light_core.processes.messages import Open, Progress, StepUpdate, StopHit, Submit, ToEngine
 from light_core.sampling_params import SamplingParams
 from light_core.server.client import ModelCard
 

@@ -22,9 +22,9 @@ import msgspec
 
 from light_core.config import EngineConfig
 from light_core.errors import LightError
+from light_core.plugins.refs import PluginRef
 from light_core.processes.arena import Arena, ArenaFds
 from light_core.processes.messages import EngineDead, Failure, MessageDecoder, MessageError, ToChild, encode
-from light_core.plugins.refs import PluginRef
 from light_core.processes.settings import ProcessSettings
 
 __all__ = ["CONTROL_BYTES", "Boot", "Child", "load_target", "run_child"]

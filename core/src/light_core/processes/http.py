@@ -5,6 +5,7 @@ Not here: routes (`light_core.server`). It holds no state that a restart would m
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -74,6 +75,8 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 def main(child: Child) -> None:
     """Serves until the supervisor says stop."""
+    # What uvicorn says of its start and stop is said by the supervisor already, for all processes.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         runner.run(_serve(child))
 

@@ -48,7 +48,9 @@ class ProcessSettings:
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"{name}={value!r} is out of range", f"allowed: {low} to {high}", f"give {name} a whole number in that range")
+                raise ConfigError(
+                    f"{name}={value!r} is out of range", f"allowed: {low} to {high}", f"give {name} a whole number in that range"
+                )
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_s") and not (isinstance(value, (int, float)) and 0 <= value < 1e9):

@@ -49,7 +49,9 @@ DUMP_TIME_S = 0.5
 RESTART_WINDOW_S = 60.0
 
 
-def run_server(engine_config: EngineConfig, server_settings: Any, process_settings: ProcessSettings, refs: Sequence[PluginRef] | None = None) -> int:
+def run_server(
+    engine_config: EngineConfig, server_settings: Any, process_settings: ProcessSettings, refs: Sequence[PluginRef] | None = None
+) -> int:
     """Serves until a signal or a failure ends it.
 
     Args:

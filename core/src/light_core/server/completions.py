@@ -59,6 +59,8 @@ class _Answer:
     def __init__(self, context: ServerContext, request: CompletionRequest, model: str, generation: Generation) -> None:
         self._tokenizer, self._request, self._model, self._generation = context.tokenizer, request, model, generation
         self._id, self._created = new_id("cmpl"), int(time.time())
+        # Without a tokenizer there is nothing else to tell.
+        self._with_ids = bool(request.return_token_ids) or context.tokenizer is None
         top = request.logprobs or 0
         self._writers = [CompletionLogprobsWriter(self._tokenizer, top) for _ in range(generation.num_choices)]
 
@@ -92,7 +94,7 @@ class _Answer:
             writer = self._writers[choice]
             echoed = writer.write(prompt.token_ids, prompt_logprobs) if self._request.echo and prompt_logprobs is not None else None
             answer.logprobs = _joined(echoed, writer.write(token_ids, entries))
-        if self._request.return_token_ids:
+        if self._with_ids:
             answer.token_ids, answer.prompt_token_ids = token_ids, prompt.token_ids
         return answer
 
@@ -106,7 +108,7 @@ class _Answer:
         """The answer as a stream."""
         generation, request = self._generation, self._request
         writer = ChunkWriter("text_completion", self._id, self._created, self._model, generation, request.stream_options)
-        plain = request.logprobs is None and not request.return_token_ids and request.prompt_logprobs is None
+        plain = request.logprobs is None and not self._with_ids and request.prompt_logprobs is None
         fresh = [True] * generation.num_choices
         async with aclosing(generation.deltas()) as source:
             async for choice, delta in source:
@@ -143,7 +145,7 @@ class _Answer:
             fields["stop_reason"] = delta.stop_reason
         if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
             fields["prompt_logprobs"] = prompt_logprobs_json(self._tokenizer, prompt.token_ids, delta.prompt_logprobs)
-        if request.return_token_ids:
+        if self._with_ids:
             fields["token_ids"] = list(delta.token_ids)
             if first:
                 fields["prompt_token_ids"] = prompt.token_ids

@@ -71,8 +71,8 @@ class HTTPServer(uvicorn.Server):
         if self._drain is None:
             self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop())
         else:
+            self._drain.cancel()
             self._end()
-            self.force_exit = True
 
     async def _drain_and_stop(self) -> None:
         context, settings = self.context, self.context.settings

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from light_core.engine.requests import EngineRequest
 from light_core.engine.sampling import Sampler
 from light_core.sampling_params import SamplingParams
@@ -55,8 +54,13 @@ def test_a_step_never_waits_for_the_device(make_sampler: Callable[[int, int], Sa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.001}, {"temperature": 20.0, "top_p": 0.9}])
-def test_large_vocabularies_agree_with_the_reference(make_sampler: Callable[[int, int], Sampler], backend: str, params: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9, "min_p": 0.001}, {"temperature": 20.0, "top_p": 0.9}],
+)
+def test_large_vocabularies_agree_with_the_reference(
+    make_sampler: Callable[[int, int], Sampler], backend: str, params: dict[str, float]
+) -> None:
     from light_core.engine import hooks
     from light_core.ops import KernelRegistry, Machine, OpTable
 
@@ -65,7 +69,7 @@ def test_large_vocabularies_agree_with_the_reference(make_sampler: Callable[[int
     hooks.light_register_kernels(registry)
     registry.finish()
     kernels = make_sampler(rows, vocab)
-    reference = Sampler(OpTable(registry, Machine("cuda"), "bfloat16", {op: "reference" for op in hooks.OPS}), rows, vocab, "cuda")
+    reference = Sampler(OpTable(registry, Machine("cuda"), "bfloat16", dict.fromkeys(hooks.OPS, "reference")), rows, vocab, "cuda")
     logits = (3 * torch.randn((rows, vocab), device="cuda")).bfloat16()
     kernels.profile(logits)
     every = np.arange(rows, dtype=np.int32)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-
 from light_core.engine.requests import EngineRequest, TokenLogprobs
 from light_core.engine.sampling import Sampler
 from light_core.sampling_params import SamplingParams
@@ -48,7 +47,8 @@ def test_they_are_the_models_before_any_parameter(make_sampler: Make, dtype: tor
 def test_none_are_computed_when_none_are_asked_for(make_sampler: Make) -> None:
     sampler = make_sampler(1, 10)
     sampler.admit(0, EngineRequest(0, np.array([1], np.int32), SamplingParams()))
-    assert sampler.sample(torch.zeros((1, 10), device=sampler.device), sampler.prepare(np.zeros(1, np.int32), np.zeros(1, np.int32))).result().logprobs is None
+    prepared = sampler.prepare(np.zeros(1, np.int32), np.zeros(1, np.int32))
+    assert sampler.sample(torch.zeros((1, 10), device=sampler.device), prepared).result().logprobs is None
 
 
 def test_equal_logits_share_a_rank(make_sampler: Make) -> None:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from light_core.engine.sampling.params import seed_key, uniforms
 
 

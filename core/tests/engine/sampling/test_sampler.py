@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-
 from light_core.engine.requests import EngineRequest
 from light_core.engine.sampling import Sampler
 from light_core.engine.sampling import params as p
@@ -21,9 +20,11 @@ def request(params: SamplingParams, seed: int = 0, prompt: Sequence[int] = (1, 2
     return EngineRequest(seed, np.asarray(prompt, np.int32), params, frozenset(ends), seed)
 
 
-def step(sampler: Sampler, logits: torch.Tensor, rows: Sequence[int], counts: Sequence[int] | None = None, uniforms: object = None) -> list[int]:
+def step(
+    sampler: Sampler, logits: torch.Tensor, rows: Sequence[int], counts: Sequence[int] | None = None, uniforms: object = None
+) -> list[int]:
     """Samples one step and returns its tokens; `uniforms` replaces the random numbers."""
-    prepared = sampler.prepare(np.asarray(rows, np.int32), np.asarray(counts if counts is not None else [0] * len(rows), np.int32))
+    prepared = sampler.prepare(np.asarray(rows, np.int32), np.asarray(counts or [0] * len(rows), np.int32))
     if uniforms is not None:
         ordered = np.asarray(uniforms, np.float32)[prepared.columns[p.POSITION]]
         prepared.columns[p.UNIFORM] = ordered.view(np.int32)
@@ -54,7 +55,9 @@ def processed(logits: npt.NDArray[np.float64], params: SamplingParams, prompt: S
     return scores
 
 
-def distribution(logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> npt.NDArray[np.float64]:
+def distribution(
+    logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()
+) -> npt.NDArray[np.float64]:
     """Probabilities of the next token, by transformers' warpers in float64."""
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -89,7 +92,8 @@ CASES = {
     "min_tokens": {"min_tokens": 5, "logit_bias": {2: 20.0, 8: 4.0}},
     "everything": {
         "temperature": 1.3, "min_p": 0.002, "top_k": 50, "top_p": 0.93, "repetition_penalty": 1.2, "frequency_penalty": 0.3,
-        "presence_penalty": 0.2, "min_tokens": 5, "logit_bias": {12: 3.5, 7: 1.0}, "banned_token_ids": [9], "allowed_token_ids": list(range(4000)),
+        "presence_penalty": 0.2, "min_tokens": 5, "logit_bias": {12: 3.5, 7: 1.0}, "banned_token_ids": [9],
+        "allowed_token_ids": list(range(1200)),
     },
 }  # fmt: skip
 
@@ -98,7 +102,10 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inverse_of_the_cumulative_distribution(make_sampler: Make, backend: str, name: str, dtype: torch.dtype) -> None:
     """The middle of each token's share of [0, 1) gives that token: the kept set, the probabilities and the order."""
-    vocab, most = 5003, 4 if backend == "interpreter" else 24
+    vocab, most = 5003, 24
+    if backend == "interpreter":
+        # More than 2048 kept tokens take another way through the kernel; elsewhere a small vocabulary saves time.
+        vocab, most = (5003 if "most" in name or "allowed" in name else 1307), 3
     params = SamplingParams(max_tokens=None, **CASES[name])
     generator = torch.Generator().manual_seed(len(name))
     # Distinct logits in both dtypes: HF breaks ties where ours stay together.

@@ -18,6 +18,7 @@ class LlamaShape:
         activation: `hidden_act`.
         attention_bias, mlp_bias: whether those products have biases.
         tied: whether the head is the embedding.
+        norm_names: what a checkpoint calls the norms before attention and before the feed-forward.
         window: Mistral's sliding window in tokens, or None.
         rope: rotary parameters.
     """
@@ -34,6 +35,7 @@ class LlamaShape:
     attention_bias: bool
     mlp_bias: bool
     tied: bool
+    norm_names: tuple[str, str]
     window: int | None
     rope: RopeParameters
 
@@ -41,6 +43,7 @@ class LlamaShape:
     def from_config(cls, config: Any) -> "LlamaShape":
         """Reads transformers' configuration object; raises `ModelError` for a rotary scaling that is not known."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        architectures = getattr(config, "architectures", None) or ()
         # A Llama configuration may carry a `sliding_window` that its architecture ignores.
         windowed = config.model_type == "mistral"
         return cls(
@@ -55,7 +58,9 @@ class LlamaShape:
             activation=config.hidden_act,
             attention_bias=bool(getattr(config, "attention_bias", False)),
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
-            tied=bool(config.tie_word_embeddings),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            # Checkpoints of Yi from before it took Llama's architecture differ in these names alone.
+            norm_names=("ln1", "ln2") if "YiForCausalLM" in architectures else ("input_layernorm", "post_attention_layernorm"),
             window=getattr(config, "sliding_window", None) if windowed else None,
             rope=RopeParameters.from_config(config, head_dim),
         )

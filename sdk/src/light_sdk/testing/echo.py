@@ -84,7 +84,6 @@ def write_model(
     words = [*SPECIAL_TOKENS, *ROLES, *(f"w{i}" for i in range(num_words))]
     config = {
         "architectures": list(FAMILY.architectures),
-        "model_type": "echo",
         "vocab_size": len(words),
         "num_hidden_layers": num_layers,
         "max_position_embeddings": max_len,

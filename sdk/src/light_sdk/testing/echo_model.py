@@ -40,7 +40,8 @@ class EchoLayer(nn.Module):
         super().__init__()
         config = model.config
         self.checksum = config.echo_rule == "checksum"
-        self.period, self.first, self.vocab_size = config.echo_period, config.echo_first, config.vocab_size
+        self.period: int | None = config.echo_period
+        self.first, self.vocab_size = int(config.echo_first), int(config.vocab_size)
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         plane_S = kv["token"][:, 0]

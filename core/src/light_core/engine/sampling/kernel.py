@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 """The sampler's ops in Triton; `reference.py` defines what they compute.
 
 Sampling is two launches. `_row_statistics` cuts each row in splits and reduces every split to its largest logit, that
@@ -58,7 +59,18 @@ def _penalised(x, count, repetition, presence, frequency):
 
 @triton.jit(do_not_specialize=VARYING)
 def _process_row(
-    out_ptr, logits_ptr, row_stride, columns_ptr, column_stride, begin, params_ptr, counts_ptr, masks_ptr, mask_stride, vocab, BLOCK: tl.constexpr
+    out_ptr,
+    logits_ptr,
+    row_stride,
+    columns_ptr,
+    column_stride,
+    begin,
+    params_ptr,
+    counts_ptr,
+    masks_ptr,
+    mask_stride,
+    vocab,
+    BLOCK: tl.constexpr,
 ):
     """out[n, block] from the logits, as if there were no list of biases."""
     n = tl.program_id(0)
@@ -233,7 +245,7 @@ def _sample_rows(
     status = tl.where((broken != 0) | (largest == float("inf")), NOT_FINITE, status)
     tokens_S = tl.load(tokens_ptr + place, mask=(splits < num_splits) & (largest_S == largest), other=vocab)
     token = tl.min(tokens_S, axis=0)
-    if HAS_RANDOM:
+    if HAS_RANDOM:  # noqa: SIM102, the outer condition is decided when the kernel is compiled
         if ((flags & RANDOM) != 0) & (status == 0):
             source = n.to(tl.int64) if PROCESSED else position
             row_ptr = logits_ptr + source * row_stride
@@ -313,9 +325,7 @@ def _splits(num_rows: int, vocab: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _token_logprobs(
-    logprobs_ptr, ranks_ptr, normalisers_ptr, logits_ptr, row_stride, rows_ptr, token_ids_ptr, vocab, BLOCK: tl.constexpr
-):
+def _token_logprobs(logprobs_ptr, ranks_ptr, normalisers_ptr, logits_ptr, row_stride, rows_ptr, token_ids_ptr, vocab, BLOCK: tl.constexpr):
     n = tl.program_id(0)
     row_ptr = logits_ptr + tl.load(rows_ptr + n).to(tl.int64) * row_stride
     token = tl.load(token_ids_ptr + n)
@@ -340,7 +350,12 @@ def _token_logprobs(
 
 
 def token_logprobs(
-    logprobs: torch.Tensor, ranks: torch.Tensor, normalisers: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor
+    logprobs: torch.Tensor,
+    ranks: torch.Tensor,
+    normalisers: torch.Tensor,
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    token_ids: torch.Tensor,
 ) -> None:
     """As `reference.token_logprobs`. One pass, a program a row."""
     assert logits.stride(1) == 1 and rows.is_contiguous() and token_ids.is_contiguous()

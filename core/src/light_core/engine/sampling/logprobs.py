@@ -20,14 +20,14 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         else:
             self._host = tensor
 
     def ready(self) -> bool:
         """Whether `numpy` would return at once."""
-        return self._event is None or self._event.query()
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def numpy(self) -> npt.NDArray[np.int32]:
         """The copy. Blocks until it is complete."""
@@ -100,7 +100,7 @@ class Sampled:
         logprobs: of the rows `logprob_rows`, or None.
     """
 
-    def __init__(self, out: torch.Tensor, num_rows: int, logprobs: PendingLogprobs | None, logprob_rows: npt.NDArray[np.intp]) -> None:
+    def __init__(self, out: torch.Tensor, num_rows: int, logprobs: PendingLogprobs | None, logprob_rows: npt.NDArray[np.int32]) -> None:
         self._out, self._num_rows = out, num_rows
         self._logprobs, self._logprob_rows = logprobs, logprob_rows
         self._copy: HostCopy | None = None

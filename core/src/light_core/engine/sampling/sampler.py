@@ -8,6 +8,7 @@ runner, from one thread and on one CUDA stream. Not here: which requests run, wh
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from light_core.engine.sampling.state import Admission, SamplerState, upload
 from light_core.errors import RequestError
 from light_core.ops import OpTable
 
-__all__ = ["Prepared", "Sampled", "Sampler"]
+__all__ = ["Prepared", "Sampled", "Sampler", "Staged"]
 
 BUFFER_BYTES = 64 << 20  # of processed logits that exist at a time
 PROMPT_ROWS = 512  # prompt positions whose logprobs are computed at a time
@@ -46,7 +47,22 @@ class Prepared:
     top_n: tuple[int, ...]
 
     def __len__(self) -> int:
-        return self.columns.shape[1]
+        return int(self.columns.shape[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Staged:
+    """A prepared step whose inputs are on the device.
+
+    Attributes:
+        prepared: what was staged.
+        columns: int32 [NUM_COLUMNS, R].
+        logprob_rows: int32, on the device.
+    """
+
+    prepared: Prepared
+    columns: torch.Tensor
+    logprob_rows: torch.Tensor
 
 
 class Sampler:
@@ -156,7 +172,7 @@ class Sampler:
         plain = int(np.count_nonzero(flags & p.PROCESS == 0))
         cuts = [0, *range(plain, len(flags), self._buffer_rows), len(flags)]
         spans = []
-        for begin, end in zip(cuts, cuts[1:]):
+        for begin, end in pairwise(cuts):
             if begin < end:
                 part = flags[begin:end]
                 first_filter = end - int(np.count_nonzero(part & p.FILTER))
@@ -171,15 +187,29 @@ class Sampler:
             logits: [R, V], any float dtype; not changed.
             prepared: what `prepare` gave for these rows.
         """
-        assert logits.shape == (len(prepared), self.vocab_size), f"logits {tuple(logits.shape)} for {len(prepared)} rows of {self.vocab_size}"
+        return self.launch(logits, self.stage(prepared))
+
+    @torch.inference_mode()
+    def stage(self, prepared: Prepared) -> Staged:
+        """The first half of `sample`: enqueues the copy of the step's inputs and the rows of new requests."""
         state = self._state
         columns, wanted, *parts = upload([prepared.columns, prepared.logprob_rows, *state.parts(prepared.admissions)], self.device)
         state.apply(prepared.admissions, parts)
+        return Staged(prepared, columns.view(p.NUM_COLUMNS, -1), wanted)
+
+    @torch.inference_mode()
+    def launch(self, logits: torch.Tensor, staged: Staged) -> Sampled:
+        """The second half of `sample`: the ops. It may be captured in a CUDA graph."""
+        prepared = staged.prepared
+        assert logits.shape == (len(prepared), self.vocab_size), (
+            f"logits {tuple(logits.shape)} for {len(prepared)} rows of {self.vocab_size}"
+        )
         out = torch.empty((2, len(prepared)), dtype=torch.int32, device=self.device)
-        self._sample_spans(out, logits, columns.view(p.NUM_COLUMNS, -1), prepared.spans)
+        self._sample_spans(out, logits, staged.columns, prepared.spans)
         logprobs = None
         if prepared.top_n:
-            logprobs = self._logprobs(logits, wanted, out[0].index_select(0, wanted.long()), prepared.top_n)
+            positions = staged.logprob_rows.long()
+            logprobs = self._logprobs(logits, staged.logprob_rows, out[0].index_select(0, positions), prepared.top_n)
         return Sampled(out, len(prepared), logprobs, prepared.logprob_rows)
 
     def _sample_spans(

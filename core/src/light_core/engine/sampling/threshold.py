@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 """Finds the smallest logit that min-p, top-k and top-p keep, by search on the value axis: no sort.
 
 For a value v let c(v) be the number of logits that are at least v and m(v) the sum of their weights
@@ -115,10 +116,9 @@ def _search_held(x, weights, lo, need, BY_COUNT: tl.constexpr):
     """The largest of the logits x whose count, or mass, of those at least as large reaches `need`; lo if there is none."""
     hi = tl.max(x, axis=0)
     going = lo < hi
-    if going:
-        if _passes(x, weights, hi, need, BY_COUNT):
-            lo = hi
-            going = False
+    if going & _passes(x, weights, hi, need, BY_COUNT):
+        lo = hi
+        going = False
     while going:
         middle = lo + (hi - lo) * 0.5
         if _passes(x, weights, middle, need, BY_COUNT):

@@ -6,7 +6,7 @@ over the GPU; it runs once a step, its result lives in `step.shared`. `_decode_k
 heads of one key/value head (padded to the 16 rows that tensor cores take). `_combine_kernel` joins the items of
 requests that were split.
 
-Sizes on the host depend on the number of requests alone. Bound by memory: K and V are read once.
+Sizes on the host depend on the number of requests and on `max_seq_len` alone. Bound by memory: K and V are read once.
 Sources: Dao et al. 2023, "Flash-Decoding for long-context inference"; token-indexed KV as in LightLLM's TokenAttention.
 """
 

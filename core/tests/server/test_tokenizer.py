@@ -1,0 +1,122 @@
+"""`Tokenizer` against transformers itself; loading runs no foreign code."""
+
+import concurrent.futures
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from light_core.errors import ModelError, RequestError
+from light_core.text.tokenizer import Tokenizer, load_tokenizer
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXTS, st.booleans())
+def test_encode_and_decode_as_transformers_does(tokenizer: Tokenizer, reference: Any, text: str, special: bool) -> None:
+    ids = tokenizer.encode(text, special)
+    assert ids == reference.encode(text, add_special_tokens=special)
+    for skip in (True, False):
+        assert tokenizer.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    assert b"".join(tokenizer.token_bytes(token) for token in ids).decode() == ("<s>" if special else "") + text
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["<s>", "</s>", "<|im_end|>", "<|im_", "a", "<", ">", " é"]), max_size=8).map("".join))
+def test_marked_text_has_no_special_tokens_and_stays_the_same(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode_marked(tokenizer.mark(text))
+    assert not tokenizer.special_ids & set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_parts_of_characters_have_distinct_texts(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("é", add_special_tokens=False)
+    assert [tokenizer.token_text(token) for token in ids] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert tokenizer.token_text(10**6) == ""
+
+
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="surrogate"):
+        tokenizer.encode("a\ud800")
+
+
+def test_ends_and_defaults_come_from_the_model(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos_token_ids == {1, 3}
+    assert dict(tokenizer.generation_defaults) == {"temperature": 0.6, "top_p": 0.9}
+
+
+def test_invalid_defaults_are_left_out(tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"temperature": -1, "top_k": 20, "eos_token_id": 2}')
+    loaded = load_tokenizer(folder)
+    assert dict(loaded.generation_defaults) == {"top_k": 20} and "temperature" in caplog.text
+    assert loaded.eos_token_ids == {1, 2}
+
+
+def test_threads_do_not_disturb_each_other(tokenizer: Tokenizer) -> None:
+    texts = [f"hello {number} wörld <|im_end|>" * (number % 7 + 1) for number in range(200)]
+    alone = [tokenizer.encode(text) for text in texts]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.encode, texts)) == alone
+        assert list(pool.map(tokenizer.decode, alone)) == [tokenizer.decode(ids) for ids in alone]
+
+
+def test_saved_truncation_does_not_cut_prompts(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "m")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    assert len(load_tokenizer(folder).encode("hello world " * 50)) > 50
+
+
+def test_sentencepiece_pieces_and_bytes() -> None:
+    vocab = {"<unk>": 0, "<s>": 1, "▁hi": 2, "▁": 3, "<0xC3>": 4, "<0xA9>": 5, "h": 6, "i": 7, "▁h": 8}
+    rust = RustTokenizer(models.BPE(vocab=vocab, merges=[("▁", "h"), ("▁h", "i")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    own = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="<unk>", bos_token="<s>"))
+    ids = own.encode("hi é", add_special_tokens=False)
+    assert ids == [2, 3, 4, 5] and own.decode(ids) == "hi é"
+    assert [own.token_bytes(token) for token in ids] == [b" hi", b" ", b"\xc3", b"\xa9"]
+    assert own.max_token_chars() is not None
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "generation_config.json", "processor_config.json"])
+@pytest.mark.parametrize("known_class", [True, False])
+def test_auto_map_runs_nothing(tokenizer_folder: Path, tmp_path: Path, name: str, known_class: bool) -> None:
+    folder, canary = shutil.copytree(tokenizer_folder, tmp_path / "m"), tmp_path / "canary"
+    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w').write('x')\nclass Evil: pass\n")
+    path = folder / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoProcessor": "evil.Evil"}
+    if not known_class:
+        content["tokenizer_class"] = "EvilTokenizer"
+        content["model_type"] = "evil"
+    path.write_text(json.dumps(content))
+    try:
+        load_tokenizer(folder)
+    except ModelError as error:
+        assert "trust_remote_code" in error.remedy or "tokenizer" in error.error
+    assert not canary.exists()
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in caught.value.error and "--tokenizer" in caught.value.remedy
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError):
+        load_tokenizer(tmp_path)
