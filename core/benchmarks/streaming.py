@@ -13,6 +13,7 @@ import multiprocessing
 import socket
 import time
 from multiprocessing.connection import Connection
+from typing import cast
 
 import psutil
 import uvloop
@@ -57,8 +58,8 @@ class StreamClient(asyncio.Protocol):
         self.tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(self._request)
+        # uvloop's transports are asyncio's by duck typing alone.
+        cast(asyncio.Transport, transport).write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self.events += data.count(b"data: ")
@@ -72,7 +73,9 @@ async def run_clients(port: int, path: str, body: dict[str, object], streams: in
     """All streams at once; returns seconds and events."""
     loop = asyncio.get_running_loop()
     payload = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    )
     begin = time.perf_counter()
     ends = [loop.create_future() for _ in range(streams)]
     clients = []
@@ -111,7 +114,9 @@ def main() -> None:
     deltas = options.streams * options.tokens
     cpu_s = after.user + after.system - before.user - before.system
     print(f"{options.api}: {options.streams} streams x {options.tokens} tokens, {events} events in {seconds:.2f} s")
-    print(f"  {deltas / seconds:,.0f} deltas/s; server CPU {cpu_s:.2f} s, {1e6 * cpu_s / deltas:.1f} us a delta: {deltas / cpu_s:,.0f} deltas/s a core")
+    print(
+        f"  {deltas / seconds:,.0f} deltas/s; server CPU {cpu_s:.2f} s, {1e6 * cpu_s / deltas:.1f} us a delta: {deltas / cpu_s:,.0f} deltas/s a core"
+    )
 
 
 if __name__ == "__main__":

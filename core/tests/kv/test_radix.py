@@ -148,7 +148,8 @@ def test_random_use_agrees_with_a_dictionary_of_prefixes(seed: int) -> None:
         key = tuple(tokens.tolist())
         node, slots, length = tree.match(salt, tokens)
         held = [slots_of[salt, key[: i + 1]] for i in range(length)]
-        assert slots.tolist() == held and (salt, key[: length + 1]) not in slots_of or length == len(key)
+        assert slots.tolist() == held
+        assert length == len(key) or (salt, key[: length + 1]) not in slots_of, "a longer prefix is there"
         free = [holder for holder in range(num_holders) if holder not in holding]
         draw = rng.random()
         if draw < 0.4 and free:

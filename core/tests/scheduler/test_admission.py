@@ -89,3 +89,15 @@ def test_a_step_evaluates_one_candidate_that_fails_and_none_until_something_ends
     plan = scheduler.plan()
     assert [one.request_id for one in plan.requests] == [1]
     assert len(asked) == 2
+
+
+def test_who_comes_after_a_refused_request_is_looked_at_when_that_one_is_aborted() -> None:
+    scheduler = create(200)
+    for index, prompt_len in enumerate((90, 150, 20)):
+        scheduler.add(request(index, prompt_len, 10))
+    scheduler.plan()
+    scheduler.plan()
+    assert scheduler.stats().num_requests_running == 1
+    scheduler.abort(1)
+    scheduler.plan()
+    assert scheduler.stats().num_requests_running == 2

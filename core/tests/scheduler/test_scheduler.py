@@ -277,7 +277,7 @@ def test_prompt_logprobs_cover_every_prompt_token_but_the_last_chunk_by_chunk() 
 
 
 def squeezed(**options: object) -> Scheduler:
-    """Two open-ended requests in a pool of 60, admitted since history says that outputs are short."""
+    """Two long requests in a pool of 60, admitted since history says that outputs are short."""
     scheduler = create(61, max_model_len=60, **options)
     for _ in range(100):
         scheduler.lengths.record(1)
@@ -287,18 +287,20 @@ def squeezed(**options: object) -> Scheduler:
 
 
 def test_the_newest_is_preempted_and_goes_on_where_it_was() -> None:
-    scheduler = squeezed()
+    scheduler = squeezed(max_num_seqs=2)
     scheduler.add(request(2, 10, max_tokens=1))
     outputs: dict[int, list[int]] = {}
-    resumed = []
+    order, resumed = [], []
     token = 100
     while scheduler.num_unfinished:
         plan = step(scheduler)
+        order += [one.request.request_id for one in plan.admitted]
         resumed += [(one.request.request_id, list(one.output_ids)) for one in plan.admitted if one.output_ids]
         token += 1
         for update in commit(scheduler, plan, token):
             outputs.setdefault(update.request_id, []).extend(update.token_ids)
     assert scheduler.stats().preemptions >= 1
+    assert order == [0, 1, *[1] * len(resumed), 2], "who was preempted comes before who never ran"
     assert resumed and {index for index, _ in resumed} == {1}
     assert outputs[1][: len(resumed[-1][1])] == resumed[-1][1]
     assert [len(outputs[index]) for index in range(3)] == [50, 50, 1]
@@ -368,6 +370,16 @@ def test_abort_wherever_the_request_is() -> None:
     stats = scheduler.stats()
     assert (stats.num_requests_running, stats.num_requests_waiting, stats.kv_slots_used) == (0, 0, 0)
     assert stats.finished == {"abort": 3}
+
+
+def test_a_token_in_flight_is_not_cached_when_its_request_is_aborted() -> None:
+    scheduler = create()
+    scheduler.add(request(0, [1, 2, 3, 4]))
+    first, second = step(scheduler), step(scheduler)  # the second writes KV of a token that the host does not know
+    scheduler.abort(0)
+    assert scheduler.tree is not None
+    assert scheduler.tree.total_tokens == scheduler.pool.num_used == 4
+    assert commit(scheduler, first) == commit(scheduler, second) == []
 
 
 def test_a_stop_string_counts_as_a_finished_length() -> None:

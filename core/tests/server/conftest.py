@@ -98,7 +98,9 @@ class RunningServer:
         return self.post("/v1/completions", {"model": "tiny", "prompt": prompt, **fields})
 
     def chat(self, content: Any = "hello", **fields: Any) -> httpx.Response:
-        return self.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8, **fields})
+        return self.post(
+            "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8, **fields}
+        )
 
     def call(self, work: Callable[[], Any]) -> None:
         """Runs `work` on the server's event loop."""
@@ -146,7 +148,12 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., RunningServer]]:
     running: list[RunningServer] = []
 
     def start(
-        engine: StubEngine | None = None, *, no_tokenizer: bool = False, served: Tokenizer | None = None, prepare: Any = None, **settings: Any
+        engine: StubEngine | None = None,
+        *,
+        no_tokenizer: bool = False,
+        served: Tokenizer | None = None,
+        prepare: Any = None,
+        **settings: Any,
     ) -> RunningServer:
         own = None if no_tokenizer else served or tokenizer
         settings = {"served_model_names": ("tiny", "alias"), "drain_delay_s": 0.0, **settings}

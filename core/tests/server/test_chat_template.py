@@ -13,7 +13,7 @@ from light_core.text.tokenizer import Tokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "Be kind.\n"},
-    {"role": "user", "content": "What is 1 < 2 & \"three\"? 你好 "},
+    {"role": "user", "content": 'What is 1 < 2 & "three"? 你好 '},
     {"role": "assistant", "content": " Yes. "},
     {"role": "user", "content": "Thanks"},
 ]
@@ -37,14 +37,17 @@ TEMPLATES = [
     "{% macro show(m, depth=1) %}{{ m.content.split(' ')[0] | upper }}{{ '%03d' % depth }}{% endmacro %}"
     "{% for m in messages[::-1] if m.role != 'system' %}{{ show(m, loop.index) }}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}"
     "{% generation %}{{ messages | map(attribute='role') | join(',') }}{% endgeneration %}{{ messages | length * 2 + 1 }}",
-    "{{ tools | tojson(indent=2) if tools }}{% for k, v in messages[1].items() %}{{ k }}={{ v }};{% endfor %}{{ 2 ** 5 }}{{ [1, 2] * 2 }}{{ 'ab' * 2 }}",
+    "{{ tools | tojson(indent=2) if tools }}{% for k, v in messages[1].items() %}{{ k }}={{ v }};{% endfor %}"
+    "{{ 2 ** 5 }}{{ [1, 2] * 2 }}{{ 'ab' * 2 }}",
 ]
 
 
 @pytest.mark.parametrize("source", TEMPLATES, ids=range(len(TEMPLATES)))
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_renders_as_transformers_does(tokenizer: Tokenizer, tokenizer_folder: Path, source: str, tools: Any, add_generation_prompt: bool) -> None:
+def test_renders_as_transformers_does(
+    tokenizer: Tokenizer, tokenizer_folder: Path, source: str, tools: Any, add_generation_prompt: bool
+) -> None:
     reference = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     expected = reference.apply_chat_template(
         CONVERSATION, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -113,7 +116,9 @@ def test_choose_template() -> None:
 
 def test_plain_messages() -> None:
     calls = [{"function": {"name": "f", "arguments": '{"a": 1}'}}, {"function": {"name": "g", "arguments": "{broken"}}]
-    messages = plain_messages([{"role": "developer", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls}], str.upper)
+    messages = plain_messages(
+        [{"role": "developer", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls}], str.upper
+    )
     assert messages[0] == {"role": "system", "content": "X"}
     assert messages[1]["content"] == "" and [call["function"]["arguments"] for call in messages[1]["tool_calls"]] == [{"a": 1}, "{broken"]
     assert calls[0]["function"]["arguments"] == '{"a": 1}', "the argument is left as it was"

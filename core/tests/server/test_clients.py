@@ -62,9 +62,16 @@ def test_completion_and_models(client: openai.OpenAI) -> None:
 def test_async_clients_do_not_mix(server: Any) -> None:
     async def one(client: openai.AsyncOpenAI, number: int) -> None:
         text = f"stream {number} "
-        stream = await client.completions.create(model="tiny", prompt=text, max_tokens=40, stream=True, extra_body={"add_special_tokens": False})
+        stream = await client.completions.create(
+            model="tiny", prompt=text, max_tokens=40, stream=True, extra_body={"add_special_tokens": False}
+        )
         said = "".join([chunk.choices[0].text async for chunk in stream])
-        assert said.startswith(text) and set(said.split()) <= {"stream", str(number), *(str(number)[:k] for k in range(9)), *("stream"[:k] for k in range(7))}
+        assert said.startswith(text) and set(said.split()) <= {
+            "stream",
+            str(number),
+            *(str(number)[:k] for k in range(9)),
+            *("stream"[:k] for k in range(7)),
+        }
 
     async def main() -> None:
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
@@ -81,7 +88,9 @@ def test_async_clients_do_not_mix(server: Any) -> None:
         ({"max_tokens": 10**6}, openai.BadRequestError, "context_length_exceeded"),
     ],
 )
-def test_errors_have_their_class(client: openai.OpenAI, fields: dict[str, Any], kind: type[openai.APIStatusError], code: str | None) -> None:
+def test_errors_have_their_class(
+    client: openai.OpenAI, fields: dict[str, Any], kind: type[openai.APIStatusError], code: str | None
+) -> None:
     with pytest.raises(kind) as caught:
         client.completions.create(**{"model": "tiny", "prompt": "x", **fields})
     assert caught.value.code == code

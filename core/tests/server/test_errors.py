@@ -69,10 +69,24 @@ def test_deeply_nested_messages(server: Any) -> None:
 
 
 NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1", "0", str(2**31), str(2**63), "1" + "0" * 500, "true", '"1"', "null", "[]", "{}")
-NUMERIC = (
-    "n best_of temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed max_tokens max_completion_tokens "
-    "min_tokens logprobs prompt_logprobs top_logprobs"
-).split()
+NUMERIC = [
+    "n",
+    "best_of",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
+    "top_logprobs",
+]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -103,8 +117,8 @@ def test_every_list_at_every_length(start: Any, server: Any, size: int) -> None:
 @pytest.mark.parametrize(
     "message",
     [{}, {"role": 1}, {"role": ""}, {"role": "x" * 100}, {"role": "user", "content": 1}, {"role": "user", "content": [1]},
-     {"role": "user", "content": [{"type": "text"}]}, {"role": "user", "content": [{"type": ["text"]}]}, {"role": "assistant", "tool_calls": 1},
-     {"role": "assistant", "tool_calls": [1]}],
+     {"role": "user", "content": [{"type": "text"}]}, {"role": "user", "content": [{"type": ["text"]}]},
+     {"role": "assistant", "tool_calls": 1}, {"role": "assistant", "tool_calls": [1]}],
 )  # fmt: skip
 def test_odd_messages(server: Any, message: Any) -> None:
     answer = server.post("/v1/chat/completions", {"messages": [message], "max_tokens": 1})
@@ -133,7 +147,9 @@ def test_too_long_prompts(server: Any) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
-        st.sampled_from(["n", "stop", "logprobs", "temperature", "prompt", "messages", "stream", "stream_options", "echo", "tools", "seed", "model"]),
+        st.sampled_from(
+            ["n", "stop", "logprobs", "temperature", "prompt", "messages", "stream", "stream_options", "echo", "tools", "seed", "model"]
+        ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
             lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
@@ -244,7 +260,7 @@ def test_every_route_needs_a_key_unless_listed(keyed: Any) -> None:
                 else:
                     assert answer.status_code == 401, (method, path)
                     assert method == "HEAD" or check(answer)
-    assert {path for path in PUBLIC_PATHS} == {"/health", "/health/live", "/health/ready", "/ping", "/version"}
+    assert PUBLIC_PATHS == {"/health", "/health/live", "/health/ready", "/ping", "/version"}
 
 
 @pytest.mark.parametrize("key", ["secret-one", "secret-two"])
@@ -257,8 +273,8 @@ def test_any_key_opens(keyed: Any, key: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["//v1/models", "/v1%2fmodels", "/V1/models", "/v1/models?x=/health", "/v1/models;/health", "/health/../v1/models", "/health%2f..%2fv1/models",
-     "http://evil/v1/models", "/./v1/models", "/health/", "/health//", "/%68ealth/../v1/models", "*"],
+    ["//v1/models", "/v1%2fmodels", "/V1/models", "/v1/models?x=/health", "/v1/models;/health", "/health/../v1/models",
+     "/health%2f..%2fv1/models", "http://evil/v1/models", "/./v1/models", "/health/", "/health//", "/%68ealth/../v1/models", "*"],
 )  # fmt: skip
 @pytest.mark.parametrize("extra", [b"", b"X-Forwarded-Prefix: /health\r\n", b"X-Original-URL: /health\r\n"])
 def test_odd_paths_stay_closed(keyed: Any, target: str, extra: bytes) -> None:

@@ -7,11 +7,22 @@ from prometheus_client.parser import text_string_to_metric_families
 from light_core.server.metrics import Histogram
 from light_core.server.stub import StubEngine
 
-VLLM = (
-    "num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens "
-    "request_success time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds request_prompt_tokens "
-    "request_generation_tokens cache_config_info"
-).split()
+VLLM = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "cache_config_info",
+]
 
 
 def scrape(server: Any) -> dict[tuple[str, str], float]:

@@ -7,10 +7,19 @@ from typing import Any
 def test_generate(server: Any, tokenizer: Any) -> None:
     ids = tokenizer.encode("hello")
     answer = server.post("/generate", {"inputs": "hello", "parameters": {"max_new_tokens": 3, "do_sample": False, "temperature": 2}}).json()
-    assert answer == {"generated_text": [tokenizer.decode(ids[:3])], "count_output_tokens": 3, "finish_reason": "length", "prompt_tokens": len(ids)}
+    assert answer == {
+        "generated_text": [tokenizer.decode(ids[:3])],
+        "count_output_tokens": 3,
+        "finish_reason": "length",
+        "prompt_tokens": len(ids),
+    }
     assert server.engine.requests[-1][1].greedy
-    answer = server.post("/generate", {"inputs": ids, "parameters": {"n": 2, "do_sample": True, "return_details": True, "max_new_tokens": 2}}).json()
-    assert len(answer["generated_text"]) == 2 and answer["count_output_tokens"] == [2, 2] and answer["finish_reason"] == ["length", "length"]
+    answer = server.post(
+        "/generate", {"inputs": ids, "parameters": {"n": 2, "do_sample": True, "return_details": True, "max_new_tokens": 2}}
+    ).json()
+    assert (
+        len(answer["generated_text"]) == 2 and answer["count_output_tokens"] == [2, 2] and answer["finish_reason"] == ["length", "length"]
+    )
     assert [token["id"] for token in answer["tokens"][1]] == ids[:2]
     assert answer["tokens"][0][0]["special"] and answer["tokens"][0][0]["logprob"] < 0
     assert server.engine.requests[-1][1].temperature == 0.6

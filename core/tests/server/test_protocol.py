@@ -17,7 +17,12 @@ BODY = b'{"prompt": [5, 6, 7], "max_tokens": 2}'
 @pytest.fixture(scope="module")
 def strict(start: Any) -> Any:
     return start(
-        max_body_bytes=100_000, max_header_bytes=8192, max_header_count=32, header_timeout_s=0.5, body_timeout_s=0.8, keep_alive_timeout_s=1.0
+        max_body_bytes=100_000,
+        max_header_bytes=8192,
+        max_header_count=32,
+        header_timeout_s=0.5,
+        body_timeout_s=0.8,
+        keep_alive_timeout_s=1.0,
     )
 
 

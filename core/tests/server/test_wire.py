@@ -92,7 +92,21 @@ def test_an_error_within_a_stream_is_an_event_and_done_follows(start: Any, token
 
 
 def test_null_is_absent(server: Any) -> None:
-    names = "n temperature top_p seed stop logprobs max_completion_tokens stream stream_options logit_bias user best_of response_format".split()
+    names = [
+        "n",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "logprobs",
+        "max_completion_tokens",
+        "stream",
+        "stream_options",
+        "logit_bias",
+        "user",
+        "best_of",
+        "response_format",
+    ]
     nulls = dict.fromkeys(names)
     assert server.complete(**nulls).status_code == 200
     assert server.chat(**nulls, tools=None, tool_choice=None, top_logprobs=None).status_code == 200
@@ -113,12 +127,20 @@ def test_roles_and_content_parts(server: Any, tokenizer: Any) -> None:
     messages = [
         {"role": "developer", "content": "be brief", "name": None},
         {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
-        {"role": "assistant", "content": None, "refusal": None, "audio": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": None,
+            "audio": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+        },
         {"role": "tool", "tool_call_id": "x", "content": "42"},
     ]
     assert server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1}).status_code == 200
     prompt = tokenizer.decode(server.engine.requests[-1][0], skip_special_tokens=False)
-    assert prompt.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n<|im_end|>")
+    assert prompt.startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    )
 
 
 def test_completion_logprobs(server: Any, tokenizer: Any, read_events: Read) -> None:
@@ -176,17 +198,31 @@ def test_prompt_kinds(server: Any, tokenizer: Any) -> None:
 
 
 def test_refused_fields(server: Any) -> None:
-    for fields in ({"suffix": "x"}, {"best_of": 2}, {"guided_json": {}}, {"response_format": {"type": "json_object"}}, {"n": 2, "best_of": 1}):
+    for fields in (
+        {"suffix": "x"},
+        {"best_of": 2},
+        {"guided_json": {}},
+        {"response_format": {"type": "json_object"}},
+        {"n": 2, "best_of": 1},
+    ):
         answer = server.complete(**fields)
         assert answer.status_code == 400 and answer.json()["error"]["param"] in fields
     assert server.complete(n=2, best_of=2).status_code == 200
-    for fields in ({"chat_template": "x"}, {"functions": [{}]}, {"tool_choice": "required"}, {"modalities": ["audio"]}, {"documents": [{}]}):
+    for fields in (
+        {"chat_template": "x"},
+        {"functions": [{}]},
+        {"tool_choice": "required"},
+        {"modalities": ["audio"]},
+        {"documents": [{}]},
+    ):
         answer = server.chat(**fields)
         assert answer.status_code == 400 and answer.json()["error"]["param"] in fields
     assert server.chat([{"type": "image_url", "image_url": {"url": "http://x"}}]).status_code == 400
 
 
-@pytest.mark.parametrize("name", ["tokenize", "chat_template", "tokenizer", "messages", "return_tensors", "__class__", "add_generation_prompt"])
+@pytest.mark.parametrize(
+    "name", ["tokenize", "chat_template", "tokenizer", "messages", "return_tensors", "__class__", "add_generation_prompt"]
+)
 def test_reserved_template_variables(server: Any, name: str) -> None:
     answer = server.chat(chat_template_kwargs={name: True})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "chat_template_kwargs"

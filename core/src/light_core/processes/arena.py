@@ -149,6 +149,7 @@ class Arena:
         self.board = Board(self._control)
         self.control: npt.NDArray[Any] = np.frombuffer(self._control, CONTROL, offset=BOARD_BYTES)
         self.num_slots = len(self.control)
+        self._state = tuple(self.control[name] for name in ("in_use", "generation", "closed"))
         self._tokens: mmap.mmap | None = None
         self._rows: npt.NDArray[np.int32] | None = None
 
@@ -173,8 +174,8 @@ class Arena:
         """Whether `slot` is in use by `generation` and other processes may still touch it."""
         if not 0 <= slot < self.num_slots:
             return False
-        block = self.control[slot]
-        return bool(block["in_use"] == 1 and block["generation"] == generation and block["closed"] != generation)
+        in_use, held, closed = self._state
+        return bool(held[slot] == generation and in_use[slot] == 1 and closed[slot] != generation)
 
     def output(self, slot: int, prompt_len: int, start: int, stop: int) -> list[int]:
         """Output tokens `start` … `stop` - 1 of a slot. Out of range gives fewer."""
@@ -187,12 +188,13 @@ class Arena:
             return
         row_bytes = self.rows.shape[1] * 4
         used_bytes = min(row_bytes, -(-num_tokens * 4 // PAGE) * PAGE)
-        self._tokens.madvise(mmap.MADV_REMOVE, slot * row_bytes, used_bytes)
+        with contextlib.suppress(OSError):  # a system that cannot punch holes keeps the pages for the next request
+            self._tokens.madvise(mmap.MADV_REMOVE, slot * row_bytes, used_bytes)
 
     def close(self) -> None:
         """Lets go of the memory where no view of it is left; the process's end does the rest."""
         self.board.close()
-        del self.control
+        del self.control, self._state
         self._rows = None
         for memory in (self._tokens, self._control):
             if memory is not None:

@@ -32,14 +32,12 @@ class ChildProcess:
     Attributes:
         role: what it does.
         control: the socket to it.
-        pidfd: readable when it has ended.
         failure: what it said about its end, or None.
         started: when, in monotonic seconds.
     """
 
     def __init__(self, role: str, popen: "subprocess.Popen[bytes]", control: socket.socket) -> None:
         self.role, self.control, self._popen = role, control, popen
-        self.pidfd = os.pidfd_open(popen.pid)
         self.failure: Failure | None = None
         self.started = time.monotonic()
         self._failures: MessageDecoder[Failure] = MessageDecoder(ToSupervisor)
@@ -80,7 +78,6 @@ class ChildProcess:
         self._read()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        os.close(self.pidfd)
         self.control.close()
 
     def obituary(self, status: int) -> Failure:

@@ -129,8 +129,7 @@ class Supervisor:
     def _turn(self) -> None:
         """Waits for something to happen and deals with it."""
         for key, _ in self._selector.select(TURN_S):
-            if key.data is not None:
-                key.data()
+            key.data()
         for number in self._signals[:]:
             self._signals.remove(number)
             self._on_signal(number)
@@ -151,7 +150,6 @@ class Supervisor:
             descriptors, boot["listener"] = (*descriptors, self._listener.fileno()), self._listener.fileno()
         child = start_child(role, boot, descriptors)
         self._children[role] = child
-        self._selector.register(child.pidfd, selectors.EVENT_READ)
         logger.info("started the %s process (%d)", role, child.pid)
 
     # ------------------------------------------------------------------------------------- what happens
@@ -256,7 +254,6 @@ class Supervisor:
 
     def _forget(self, child: ChildProcess) -> None:
         del self._children[child.role]
-        self._selector.unregister(child.pidfd)
         child.close()
 
     def _clean_up(self) -> None:
@@ -272,7 +269,8 @@ class Supervisor:
             os.close(descriptor)
 
     def _catch_signals(self) -> Callable[[], None]:
-        """Turns SIGINT and SIGTERM into entries of `_signals`; returns what undoes it."""
+        """Turns SIGINT and SIGTERM into entries of `_signals`, and has them and a child's end wake `_turn`; returns what
+        undoes it."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
@@ -281,6 +279,7 @@ class Supervisor:
             self._signals.append(number)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._selector.register(ours, selectors.EVENT_READ, lambda: ours.recv(4096))
 

@@ -3,6 +3,8 @@
 A row is the request's place in the device's slot table. Not here: decisions. Caller: the scheduler's parts.
 """
 
+import mmap
+
 import numpy as np
 import numpy.typing as npt
 
@@ -52,8 +54,7 @@ class Rows:
         self.arrival, self.epoch = (np.zeros(num_rows, dtype=np.int64) for _ in range(2))
         self.quantile: npt.NDArray[np.float64] = np.zeros(num_rows, dtype=np.float64)
         self.stop_ids: npt.NDArray[np.int32] = np.full((num_rows, MAX_FAST_STOPS), -1, dtype=np.int32)
-        self.tokens: npt.NDArray[np.int32] = np.empty((num_rows, max_model_len), dtype=np.int32)
-        self.slots: npt.NDArray[np.int32] = np.empty((num_rows, max_model_len), dtype=np.int32)
+        self.tokens, self.slots = (_lazy_array(num_rows, max_model_len) for _ in range(2))
 
     def fill(
         self, row: int, *, prompt_len: int, known: int, limit: int, arrival: int, exact: bool, open_ended: bool, stop_ids: frozenset[int]
@@ -66,3 +67,16 @@ class Rows:
         self.stop_ids[row] = -1
         if 0 < len(stop_ids) <= MAX_FAST_STOPS:
             self.stop_ids[row, : len(stop_ids)] = list(stop_ids)
+
+
+def _lazy_array(num_rows: int, width: int) -> npt.NDArray[np.int32]:
+    """int32 [num_rows, width] of zeros that takes memory page by page as it is written.
+
+    `np.empty` asks for huge pages: the first token of a row would clear 2 MiB, a second in all when 512 requests
+    arrive, and all of the array would be resident for short requests, too.
+    """
+    size = max(num_rows * width, 1) * np.dtype(np.int32).itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.int32, count=num_rows * width).reshape(num_rows, width)

@@ -64,7 +64,9 @@ class Scheduler:
         self._live: dict[int, ScheduledRequest] = {}
         # By request id. First come first served: every waiting request came later than every running one.
         self._waiting: OrderedDict[int, ScheduledRequest] = OrderedDict()
-        self._prefilling: list[ScheduledRequest] = []
+        # Nobody is admitted behind an unfinished prefill: it is one at most, and the newest of the running requests. So
+        # memory that it lacks is held by older ones, which end, and it is the first to give way to them.
+        self._prefilling: ScheduledRequest | None = None
         self._in_flight: deque[StepPlan] = deque()
         self._released_rows: list[int] = []
         self._admitted: list[Admitted] = []
@@ -150,7 +152,7 @@ class Scheduler:
         rows = self.rows
         decodes = np.flatnonzero(rows.decoding & (rows.total < rows.limit))
         while len(decodes) > self._num_available():
-            self._preempt_newest(rows.active)
+            self._preempt_newest()
             decodes = np.flatnonzero(rows.decoding & (rows.total < rows.limit))
         if len(decodes):
             rows.slots[decodes, rows.computed[decodes]] = self._take(len(decodes))
@@ -160,37 +162,26 @@ class Scheduler:
 
     def _plan_prefills(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for record in list(self._prefilling):
-            if budget == 0:
-                break
-            if record.row < 0:  # preempted for an older one just now
-                continue
-            chunk = self._plan_chunk(record, budget)
-            if chunk is not None:
-                chunks.append(chunk)
-                budget -= chunk.end - chunk.start
         self._admission.begin_step()
-        while budget > 0 and not self._prefilling:
-            admitted = self._admit_head()
-            if admitted is None:
+        while budget > 0:
+            record = self._prefilling or self._admit_head()
+            chunk = None if record is None else self._plan_chunk(record, budget)
+            if chunk is None:
                 break
-            chunk = self._plan_chunk(admitted, budget)
-            if chunk is not None:
-                chunks.append(chunk)
-                budget -= chunk.end - chunk.start
+            chunks.append(chunk)
+            budget -= chunk.end - chunk.start
+            if self._prefilling is not None:
+                break
         return chunks
 
     def _plan_chunk(self, record: ScheduledRequest, budget: int) -> Chunk | None:
         """Plans up to `budget` tokens of a prefill; None if there is no slot for even one."""
         rows, row = self.rows, record.row
         self._match_further(record)
-        while self._num_available() == 0:
-            # Memory is held by newer prefills and by decodes. The newest prefill gives way; decodes of this step are
-            # planned already, and end or give way by themselves.
-            if not self._preempt_newest(rows.active & ~rows.decoding & (rows.arrival > record.arrival)):
-                return None
         start, target = int(rows.computed[row]), int(rows.target[row])
         count = min(budget, target - start, self._num_available())
+        if count == 0:
+            return None
         end = start + count
         rows.slots[row, start:end] = self._take(count)
         self._share_chunk(record, start, end)
@@ -198,7 +189,7 @@ class Scheduler:
         if end == target:
             rows.total[row] = target + 1
             rows.decoding[row] = True
-            self._prefilling.remove(record)
+            self._prefilling = None
         return Chunk(record, row, start, end)
 
     # ------------------------------------------------------------------------------------ admission
@@ -245,7 +236,7 @@ class Scheduler:
         rows.slots[row, : len(cached)] = cached
         rows.active[row] = True
         self._records[row] = record
-        self._prefilling.append(record)
+        self._prefilling = record
         self._admitted.append(Admitted(record.request, row, list(record.outputs)))
         self._stats.prefix_cache_queries += len(known)
         self._stats.prefix_cache_hits += len(cached)
@@ -319,13 +310,11 @@ class Scheduler:
             self.pool.free(self.tree.evict(count - self.pool.num_free))
         return self.pool.alloc(count)
 
-    def _preempt_newest(self, among: npt.NDArray[np.bool_]) -> bool:
-        """Sends the newest request of rows `among` back to the head of the queue; False if there is none."""
-        candidates = np.flatnonzero(among)
-        if len(candidates) == 0:
-            return False
+    def _preempt_newest(self) -> None:
+        """Sends the newest running request back to the head of the queue. There is one before the oldest, which has
+        room for itself alone: `add` made sure."""
         rows = self.rows
-        row = int(candidates[rows.arrival[candidates].argmax()])
+        row = int(np.where(rows.active, rows.arrival, -1).argmax())
         record: ScheduledRequest = self._records[row]
         known = int(rows.known[row])
         record.outputs = rows.tokens[row, rows.prompt_len[row] : known].tolist()
@@ -335,7 +324,6 @@ class Scheduler:
         self._waiting.move_to_end(record.request.request_id, last=False)
         self._is_full = True
         self._stats.preemptions += 1
-        return True
 
     def _release_row(self, record: ScheduledRequest, keep_kv: bool) -> None:
         """Takes the row of a request. Its KV goes to the tree where `keep_kv` says that it is sound, else to the pool."""
@@ -361,8 +349,8 @@ class Scheduler:
         if len(told) == len(self._admitted):  # else the runner never heard of it
             self._released_rows.append(row)
         self._admitted = told
-        if record in self._prefilling:
-            self._prefilling.remove(record)
+        if record is self._prefilling:
+            self._prefilling = None
         record.row, record.node, self._is_full = -1, None, False
 
     def _finish(self, record: ScheduledRequest, reason: str) -> None:

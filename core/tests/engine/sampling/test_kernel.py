@@ -14,7 +14,7 @@ from light_core.engine.sampling import Sampler
 from light_core.sampling_params import SamplingParams
 
 FOLDER = Path(__file__).parent
-FILES = ("test_sampler.py", "test_errors.py", "test_logprobs.py")
+FILES = ("test_sampler.py", "test_errors.py", "test_logprobs.py", "test_state.py")
 INTERPRETED = os.environ.get("SAMPLER_BACKEND") == "interpreter"
 # numpy warns where the interpreter computes with infinities and NaN, as kernels do on purpose.
 ALLOWED = ("-W", "ignore::RuntimeWarning:triton.runtime.interpreter", "-W", "ignore::UserWarning:triton.knobs")

@@ -10,6 +10,6 @@ kernel     the ops in Triton; threshold: the search of top-k and top-p
 
 from light_core.engine.sampling.logprobs import PendingLogprobs, Sampled, SampledTokens
 from light_core.engine.sampling.params import STATUS_TEXT
-from light_core.engine.sampling.sampler import Prepared, Sampler
+from light_core.engine.sampling.sampler import Prepared, Sampler, Staged
 
-__all__ = ["STATUS_TEXT", "PendingLogprobs", "Prepared", "Sampled", "SampledTokens", "Sampler"]
+__all__ = ["STATUS_TEXT", "PendingLogprobs", "Prepared", "Sampled", "SampledTokens", "Sampler", "Staged"]

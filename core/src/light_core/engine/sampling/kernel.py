@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# Arguments of kernels are Triton's, which has no types.
 """The sampler's ops in Triton; `reference.py` defines what they compute.
 
 Sampling is two launches. `_row_statistics` cuts each row in splits and reduces every split to its largest logit, that

@@ -257,15 +257,15 @@ class Sampler:
         self, packed: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, selected: torch.Tensor
     ) -> None:
         """Fills `PendingLogprobs.packed`; `selected` is the rows' logits. Equal logits at the end of the list: any."""
-        floats = torch.empty((2, len(rows)), dtype=torch.float32, device=self.device)
+        chosen, normalisers = (torch.empty(len(rows), dtype=torch.float32, device=self.device) for _ in range(2))
         ranks = torch.empty(len(rows), dtype=torch.int32, device=self.device)
-        self._token_logprobs(floats[0], ranks, floats[1], logits, rows, token_ids)
-        packed[:, 0], packed[:, 1] = floats[0].view(torch.int32), ranks
+        self._token_logprobs(chosen, ranks, normalisers, logits, rows, token_ids)
+        packed[:, 0], packed[:, 1] = chosen.view(torch.int32), ranks
         top_n = (packed.shape[1] - 2) // 2
         if top_n:
             values, ids = selected.topk(top_n, dim=1)
             packed[:, 2 : 2 + top_n] = ids
-            packed[:, 2 + top_n :] = (values.float() - floats[1][:, None]).view(torch.int32)
+            packed[:, 2 + top_n :] = (values.float() - normalisers[:, None]).view(torch.int32)
 
     @torch.inference_mode()
     def profile(self, logits: torch.Tensor) -> None:
@@ -276,12 +276,13 @@ class Sampler:
         """
         if self.device.type != "cuda":
             return
-        num_rows, everything = len(logits), p.RANDOM | p.FILTER | p.PROCESS
+        num_rows = len(logits)
         columns = np.zeros((p.NUM_COLUMNS, num_rows), np.int32)
         columns[p.POSITION] = np.arange(num_rows)
         columns[p.ROW] = self.max_rows
         logprob_rows = np.arange(num_rows, dtype=np.int32)
-        for features in (0, p.RANDOM, p.RANDOM | p.FILTER, everything):
+        kinds = (0, p.RANDOM, p.RANDOM | p.FILTER)
+        for features in (*kinds, *(kind | p.PROCESS for kind in kinds)):
             columns[p.FLAGS] = features
             end = min(num_rows, self._buffer_rows) if features & p.PROCESS else num_rows
             span = (0, end, 0 if features & p.FILTER else end, features)

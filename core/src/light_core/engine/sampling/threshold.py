@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# Arguments of kernels are Triton's, which has no types.
 """Finds the smallest logit that min-p, top-k and top-p keep, by search on the value axis: no sort.
 
 For a value v let c(v) be the number of logits that are at least v and m(v) the sum of their weights
