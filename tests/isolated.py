@@ -31,7 +31,18 @@ def pip(*arguments: object) -> None:
 
 def build_wheels(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     for package in ("core", "sdk", *(f"plugins/{name}" for name in PLUGINS)):
-        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--wheel-dir", folder, f"./{package}")
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--wheel-dir",
+            folder,
+            f"./{package}",
+        )
     return {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
 
 

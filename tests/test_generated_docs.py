@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+
 from light_core import hookspecs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

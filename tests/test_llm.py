@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from light_core import LLM, LightError, SamplingParams
 from light_core.errors import RequestError
 from light_core.plugins import count_hook_calls

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+
 from light_core.engine import hooks
 from light_core.engine.requests import EngineRequest
 from light_core.engine.sampling import Sampler

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import triton
+
 from light_core.ops import KernelRegistry, Machine, OpTable
 from light_core.types import Step
 from light_sdk import hooks

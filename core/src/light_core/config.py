@@ -80,7 +80,9 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r} is out of range", "it counts tokens or requests", f"give {name} 1 or more")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
-                f"gpu_memory_utilization={self.gpu_memory_utilization!r} is out of range", "it is a share", "give it more than 0 and at most 1"
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r} is out of range",
+                "it is a share",
+                "give it more than 0 and at most 1",
             )
 
     def replace(self, **changes: Any) -> "EngineConfig":

@@ -62,7 +62,7 @@ def light_register_kernels(registry: KernelRegistry) -> None:
 
 
 @hookspec
-def light_weight_plan(model: ModelContext) -> WeightPlan | None:  # type: ignore[empty-body]
+def light_weight_plan(model: ModelContext) -> WeightPlan | None:
     """Weight loading: say where each tensor of the checkpoint goes.
 
     Args:
@@ -83,7 +83,7 @@ def light_weight_plan(model: ModelContext) -> WeightPlan | None:  # type: ignore
 
 
 @hookspec
-def light_kv_layout(model: ModelContext) -> KVLayout | None:  # type: ignore[empty-body]
+def light_kv_layout(model: ModelContext) -> KVLayout | None:
     """KV layout: say what one token keeps in each layer. Core allocates it and owns the memory.
 
     Args:
@@ -106,7 +106,7 @@ def light_kv_layout(model: ModelContext) -> KVLayout | None:  # type: ignore[emp
 
 
 @hookspec
-def light_pre_layer(model: ModelContext) -> PreLayer | None:  # type: ignore[empty-body]
+def light_pre_layer(model: ModelContext) -> PreLayer | None:
     """Pre-layer inference: build the module from token ids to hidden states.
 
     Called under `torch.device(model.device)` with `model.torch_dtype` as the default dtype; leave parameters
@@ -131,7 +131,7 @@ def light_pre_layer(model: ModelContext) -> PreLayer | None:  # type: ignore[emp
 
 
 @hookspec
-def light_layer(model: ModelContext, layer_id: int) -> Layer | None:  # type: ignore[empty-body]
+def light_layer(model: ModelContext, layer_id: int) -> Layer | None:
     """Build transformer layer `layer_id`: hidden states to hidden states. Called as `light_pre_layer` is.
 
     Args:
@@ -154,7 +154,7 @@ def light_layer(model: ModelContext, layer_id: int) -> Layer | None:  # type: ig
 
 
 @hookspec
-def light_post_layer(model: ModelContext) -> PostLayer | None:  # type: ignore[empty-body]
+def light_post_layer(model: ModelContext) -> PostLayer | None:
     """Post-layer inference: build the module from hidden states to logits or scores. Called as `light_pre_layer` is.
 
     Args:
@@ -176,7 +176,7 @@ def light_post_layer(model: ModelContext) -> PostLayer | None:  # type: ignore[e
 
 
 @hookspec
-def light_media_encoders(model: ModelContext) -> tuple[MediaEncoder, ...] | None:  # type: ignore[empty-body]
+def light_media_encoders(model: ModelContext) -> tuple[MediaEncoder, ...] | None:
     """Encoders of images (later audio): preprocessing, forward, and how many tokens an item takes.
 
     May be left out by every plugin: the model then takes text only.
@@ -198,7 +198,7 @@ def light_media_encoders(model: ModelContext) -> tuple[MediaEncoder, ...] | None
 
 
 @hookspec
-def light_chat(model: ModelContext) -> ChatSpec | None:  # type: ignore[empty-body]
+def light_chat(model: ModelContext) -> ChatSpec | None:
     """Chat template defaults, stop strings, tool-call and reasoning parsers.
 
     Runs in the HTTP process, without a GPU. May be left out: the tokenizer's own template is used.

@@ -6,7 +6,7 @@ Not here: the server (`light serve`), which runs the same engine in a process of
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from light_core.errors import RequestError
 from light_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from light_core.engine.engine import Engine
     from light_core.text.decoder import IncrementalDecoder
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput"]
@@ -181,7 +180,8 @@ class LLM:
 
         if self.tokenizer is None:
             raise RequestError("chat needs a tokenizer", "messages")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast("Sequence[Sequence[Mapping[str, Any]]]", [messages] if single else messages)
         template = chat_template or self.engine.chat_template
         prompts: list[Prompt] = [
             {"prompt_token_ids": self.tokenizer.encode(render_chat(self.tokenizer, list(one), template=template), add_special_tokens=False)}

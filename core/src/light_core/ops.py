@@ -106,9 +106,7 @@ class KernelRegistry:
         """
         if name in self._kernels:
             raise PluginError(f"op {name!r} is declared twice", f"by {self._kernels[name][REFERENCE].target} and {reference}", "rename one")
-        self._kernels[name] = {
-            REFERENCE: Kernel(name, REFERENCE, reference, devices=("cpu", "cuda", "meta"), priority=REFERENCE_PRIORITY)
-        }
+        self._kernels[name] = {REFERENCE: Kernel(name, REFERENCE, reference, devices=("cpu", "cuda", "meta"), priority=REFERENCE_PRIORITY)}
 
     def kernel(self, kernel: Kernel) -> None:
         """Offers `kernel`; its op may be declared later, by another plugin."""
@@ -160,7 +158,9 @@ class OpTable:
         self._chosen: dict[tuple[str, tuple[tuple[str, Any], ...]], tuple[Choice, Callable[..., Any]]] = {}
         for op in overrides:
             if op not in registry.ops():
-                raise ConfigError(f"kernels: unknown op {op!r}", f"known: {', '.join(registry.ops())}", "spell it as `light doctor` prints it")
+                raise ConfigError(
+                    f"kernels: unknown op {op!r}", f"known: {', '.join(registry.ops())}", "spell it as `light doctor` prints it"
+                )
 
     def select(self, op: str, **facts: Any) -> Callable[..., Any]:
         """The implementation of `op` for uses described by `facts` (hashable values, e.g. head_dim=128).
@@ -179,8 +179,11 @@ class OpTable:
     def _select(self, op: str, facts: Mapping[str, Any]) -> tuple[Choice, Callable[..., Any]]:
         kernels = self._registry.kernels(op)
         if not kernels:
-            raise PluginError(f"op {op!r} is unknown", f"declared: {', '.join(self._registry.ops()) or 'none'}", "install the plugin that brings it")
-        wanted, passed = self._overrides.get(op), []
+            raise PluginError(
+                f"op {op!r} is unknown", f"declared: {', '.join(self._registry.ops()) or 'none'}", "install the plugin that brings it"
+            )
+        wanted = self._overrides.get(op)
+        passed: list[str] = []
         for kernel in kernels:
             if wanted is not None and kernel.name != wanted:
                 continue
@@ -194,7 +197,9 @@ class OpTable:
                     return Choice(op, kernel.name, dict(facts), "; ".join(passed)), implementation
             passed.append(f"{kernel.name} {refusal}")
         known = ", ".join(kernel.name for kernel in kernels)
-        raise ConfigError(f"no kernel of op {op!r} can serve here", "; ".join(passed) or f"{wanted!r} is none of {known}", f"known kernels: {known}")
+        raise ConfigError(
+            f"no kernel of op {op!r} can serve here", "; ".join(passed) or f"{wanted!r} is none of {known}", f"known kernels: {known}"
+        )
 
     def freeze(self) -> tuple[Choice, ...]:
         """Ends selection; returns what was chosen."""

@@ -125,7 +125,13 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not low <= value <= high
+        or (above and value == low)
+    ):
         raise RequestError(f"{name} must be {'over' if above else 'from'} {low:g} to {high:g}, got {value!r:.50}", name)
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from light_core.engine.model_files import max_positions, read_config, resolve_dtype, resolve_folder, resolve_max_model_len
 from light_core.errors import ConfigError, ModelError
 

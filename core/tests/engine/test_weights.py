@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from light_core.engine.weights import checkpoint_files, fill_dummy, load_weights, named_parameters
 from light_core.errors import CheckpointError
 from light_core.types import Placement, Shard, WeightPlan
-from safetensors.torch import save_file
-from torch import nn
 
 
 def modules(**shapes: tuple[int, ...]) -> dict[str, nn.Module]:

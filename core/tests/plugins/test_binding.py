@@ -8,6 +8,7 @@ from types import FunctionType, ModuleType, SimpleNamespace
 import pluggy
 import pytest
 import torch
+
 from light_core.errors import ConfigError, LightError, PluginError
 from light_core.ops import Machine
 from light_core.plugins import bind, chat_spec, count_hook_calls, describe_machine, load_plugins, resolve_family

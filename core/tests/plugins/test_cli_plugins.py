@@ -5,9 +5,10 @@ import sys
 from types import ModuleType
 
 import pytest
+from rich.console import Console
+
 from light_core.cli.plugins import list_plugins, new_plugin, plugin_info
 from light_core.errors import PluginError
-from rich.console import Console
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+
 from light_core import __version__
 from light_core.errors import PluginError
 from light_core.plugins.discovery import discover, parse_names, select

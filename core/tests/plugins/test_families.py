@@ -1,6 +1,7 @@
 """Architectures and bundled models find their family."""
 
 import pytest
+
 from light_core.errors import ModelError, PluginError
 from light_core.plugins import bundled_models, load_plugins, resolve_bundled, resolve_family
 

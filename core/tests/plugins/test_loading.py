@@ -6,6 +6,7 @@ import sys
 
 import msgspec
 import pytest
+
 from light_core.errors import ModelError, PluginError
 from light_core.plugins import PluginRef, count_hook_calls, inspect_plugins, load, load_plugins, resolve_family
 from light_core.plugins.loading import create_kernel_registry

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from tokenizers import Tokenizer, decoders, models
+
 from light_core.config import EngineConfig
 from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
 from light_core.errors import ConfigError, LightError, OverloadedError, RequestError
@@ -21,7 +23,6 @@ from light_core.processes.guards import Boot
 from light_core.processes.http import Lifecycle
 from light_core.sampling_params import SamplingParams
 from light_core.server.client import EngineState, ModelCard
-from tokenizers import Tokenizer, decoders, models
 
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 60_000

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from light_core.engine.requests import EngineStats
 from light_core.errors import RequestError
 from light_core.processes.arena import BLOBS, ROW_TOKENS, Arena, ArenaFds, SlotRange, create_arena

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import zmq
+
 from light_core.errors import ConfigError
 from light_core.processes.channels import Receiver, Sender, SocketFolder
 from light_core.processes.messages import Abort, ToEngine

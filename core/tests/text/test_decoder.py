@@ -5,8 +5,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from light_core.text.decoder import Detokenizer, IncrementalDecoder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from light_core.text.decoder import Detokenizer, IncrementalDecoder
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",

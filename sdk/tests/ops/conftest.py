@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from light_core.types import Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

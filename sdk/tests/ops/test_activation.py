@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from light_core.errors import ConfigError
 from light_sdk.ops.act_and_mul import act_and_mul
 from light_sdk.ops.activation import activation

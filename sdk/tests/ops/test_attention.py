@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from light_sdk.ops.attention import cpu, reference
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
 

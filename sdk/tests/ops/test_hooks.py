@@ -8,6 +8,7 @@ import sys
 from importlib import resources
 
 import pytest
+
 from light_core.ops import KernelRegistry, Machine, OpTable
 from light_sdk import hooks
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from light_sdk.ops.layer_norm import cpu, reference
 
 SHAPES = [(1, 16), (3, 100), (7, 1024), (5, 4100)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from light_sdk.ops.linear import linear
 
 

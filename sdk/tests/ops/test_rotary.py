@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from light_sdk.ops.rotary import rotary
 
 CASES = [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from light_sdk.ops.write_kv import reference
 
 CASES = [(1, 1, 16), (5, 3, 80), (33, 8, 128)]

@@ -132,7 +132,9 @@ def _check_memory(config: "EngineConfig", resolved: "Resolved", runtime: "ModelR
         budget = MemoryBudget(total, int(total * config.gpu_memory_utilization), weights + total - free)
     report.add("memory", f"{budget} (activations and graphs are measured at start)" if resolved.device != "cpu" else budget)
     slots = pool_slots(budget, token_bytes, config.max_total_tokens, limits.max_model_len, limits.max_num_seqs) - 1
-    report.add("KV", f"{slots} tokens of {token_bytes} bytes: {slots / limits.max_model_len:.1f} requests of {limits.max_model_len} at a time")
+    report.add(
+        "KV", f"{slots} tokens of {token_bytes} bytes: {slots / limits.max_model_len:.1f} requests of {limits.max_model_len} at a time"
+    )
 
 
 def _check_port(host: str, port: int, report: _Report) -> None:
@@ -144,6 +146,8 @@ def _check_port(host: str, port: int, report: _Report) -> None:
     except OSError as error:
         from light_core.errors import ConfigError
 
-        report.problems.append(ConfigError(f"port {port} on {host} cannot be taken", error.strerror or str(error), "give another --port or --host"))
+        report.problems.append(
+            ConfigError(f"port {port} on {host} cannot be taken", error.strerror or str(error), "give another --port or --host")
+        )
     else:
         report.add("port", f"{host}:{port} is free")

@@ -19,7 +19,7 @@ from light_core.errors import ConfigError
 __all__ = ["JSON", "dataclass_options", "read_config_file", "split"]
 
 
-class JSON(click.ParamType):
+class JSON(click.ParamType[Any]):
     """A JSON object on the command line."""
 
     name = "json"
@@ -37,7 +37,9 @@ class JSON(click.ParamType):
         return parsed
 
 
-def dataclass_options(kind: type, helps: Mapping[str, str], choices: Mapping[str, Iterable[str]] = types.MappingProxyType({})) -> list[click.Option]:
+def dataclass_options(
+    kind: type, helps: Mapping[str, str], choices: Mapping[str, Iterable[str]] = types.MappingProxyType({})
+) -> list[click.Option]:
     """An option for each field of dataclass `kind` that `helps` explains: `max_model_len` becomes `--max-model-len`
     and `LIGHT_MAX_MODEL_LEN`."""
     hints = get_type_hints(kind)
@@ -96,7 +98,9 @@ def read_config_file(ctx: click.Context, param: click.Parameter, value: str | No
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {value} cannot be read", str(error), "give a YAML file of settings") from error
     if not isinstance(content, Mapping):
-        raise ConfigError(f"--config {value} is not a mapping", f"it holds a {type(content).__name__}", "write lines like `max-model-len: 4096`")
+        raise ConfigError(
+            f"--config {value} is not a mapping", f"it holds a {type(content).__name__}", "write lines like `max-model-len: 4096`"
+        )
     known = {parameter.name for parameter in ctx.command.params if parameter.name}
     defaults = {}
     for key, setting in content.items():

@@ -69,7 +69,16 @@ def server_options(only: tuple[str, ...] | None = None) -> list[click.Option]:
         default = None if repeated else defaults[name]
         shown = default is not None
         options.append(
-            click.Option(["--" + flag, name], type=kind, default=default, multiple=repeated, envvar=env, show_envvar=True, show_default=shown, help=text)
+            click.Option(
+                ["--" + flag, name],
+                type=kind,
+                default=default,
+                multiple=repeated,
+                envvar=env,
+                show_envvar=True,
+                show_default=shown,
+                help=text,
+            )
         )
     return options
 

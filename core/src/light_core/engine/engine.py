@@ -117,7 +117,11 @@ class Engine:
         logger.info("memory %s", budget)
         requests = (num_slots - 1) / limits.max_model_len
         logger.info(
-            "KV pool %d tokens of %d bytes, %.1f requests of %d tokens at a time", num_slots - 1, token_bytes, requests, limits.max_model_len
+            "KV pool %d tokens of %d bytes, %.1f requests of %d tokens at a time",
+            num_slots - 1,
+            token_bytes,
+            requests,
+            limits.max_model_len,
         )
         self.runner.allocate_kv(num_slots)
         self._progress("memory", 1.0)
@@ -233,6 +237,7 @@ class Engine:
             "device": resolved.device,
             "dtype": resolved.dtype,
             "kv_slots": self.runner.num_slots - 1,
+            "max_num_seqs": resolved.limits.max_num_seqs,
             "kernels": self.kernels,
             "startup_s": round(self.startup_s, 2),
         }

@@ -32,7 +32,9 @@ class DecodeGraphs:
         logits: `[max size, V]` buffer that every graph writes.
     """
 
-    def __init__(self, forward: Callable[[Step], torch.Tensor], make_step: Callable[[int], Step], sizes: list[int], logits: torch.Tensor) -> None:
+    def __init__(
+        self, forward: Callable[[Step], torch.Tensor], make_step: Callable[[int], Step], sizes: list[int], logits: torch.Tensor
+    ) -> None:
         self._forward, self._make_step, self._logits = forward, make_step, logits
         self._sizes = sizes
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from light_core.config import EngineConfig
 from light_core.engine.model_files import ModelFiles, read_config, resolve_dtype, resolve_folder, resolve_max_model_len
 from light_core.errors import ConfigError, ModelError
-from light_core.plugins import LoadedPlugins, ModelRuntime, PluginRef, bind, bundled_models, load, load_plugins, resolve_bundled, resolve_family
+from light_core.plugins import (
+    LoadedPlugins,
+    ModelRuntime,
+    PluginRef,
+    bind,
+    bundled_models,
+    load,
+    load_plugins,
+    resolve_bundled,
+    resolve_family,
+)
 from light_core.types import Family, Limits
 
 __all__ = ["Resolved", "bind_model", "resolve_device", "resolve_model"]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from light_core.config import EngineConfig
 from light_core.errors import ConfigError, ModelError
 
 __all__ = ["ModelFiles", "max_positions", "read_config", "resolve_dtype", "resolve_folder", "resolve_max_model_len"]
@@ -57,35 +56,51 @@ def resolve_folder(model: str, revision: str | None, bundled: Mapping[str, Path]
     """
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
-            raise ModelError(f"{model} is not a model folder", "it has no config.json", "give the folder that holds config.json and *.safetensors")
+            raise ModelError(
+                f"{model} is not a model folder", "it has no config.json", "give the folder that holds config.json and *.safetensors"
+            )
         return Path(model)
     if model in bundled:
         return bundled[model]
     if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
         shipped = f"; installed plugins ship: {', '.join(sorted(bundled))}" if bundled else ""
-        raise ModelError(f"there is no model {model!r}", f"it is neither a folder nor a hub id like org/name{shipped}", "check the spelling")
+        raise ModelError(
+            f"there is no model {model!r}", f"it is neither a folder nor a hub id like org/name{shipped}", "check the spelling"
+        )
     return _download(model, revision, weights)
 
 
 def _download(model: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     patterns = FETCHED if weights else TEXT_ONLY
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except hub.GatedRepoError as error:
-        raise ModelError(f"{model} is gated", "its owner asks for an agreement", "accept it on the model's page, then run `hf auth login` or set HF_TOKEN") from error
+        raise ModelError(
+            f"{model} is gated",
+            "its owner asks for an agreement",
+            "accept it on the model's page, then run `hf auth login` or set HF_TOKEN",
+        ) from error
     except hub.RevisionNotFoundError as error:
-        raise ModelError(f"{model} has no revision {revision!r}", "no such branch, tag or commit", "leave out --revision for the default one") from error
+        raise ModelError(
+            f"{model} has no revision {revision!r}", "no such branch, tag or commit", "leave out --revision for the default one"
+        ) from error
     except hub.RepositoryNotFoundError as error:
-        raise ModelError(f"the hub has no model {model!r}", "it does not exist, or is private", "check the spelling; for a private one set HF_TOKEN") from error
+        raise ModelError(
+            f"the hub has no model {model!r}", "it does not exist, or is private", "check the spelling; for a private one set HF_TOKEN"
+        ) from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
         cause = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached and it is not in the cache"
-        raise ModelError(f"{model} cannot be fetched", cause, "unset HF_HUB_OFFLINE" if offline else "check the network, or give a local folder") from error
+        raise ModelError(
+            f"{model} cannot be fetched", cause, "unset HF_HUB_OFFLINE" if offline else "check the network, or give a local folder"
+        ) from error
     except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
-        raise ModelError(f"{model} cannot be fetched", str(error).splitlines()[0][:200], "check the network, or give a local folder") from error
+        raise ModelError(
+            f"{model} cannot be fetched", str(error).splitlines()[0][:200], "check the network, or give a local folder"
+        ) from error
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelFiles:
@@ -109,12 +124,14 @@ def _config_object(raw: dict[str, Any], path: Path) -> Any:
     from transformers import PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = raw.get("model_type")
-    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PretrainedConfig
+    model_type = str(raw.get("model_type"))
+    kind = CONFIG_MAPPING.get(model_type, PretrainedConfig)
     try:
         return kind.from_dict(dict(raw))
     except Exception as error:  # whatever transformers' validation raises is a fault of this file
-        raise ModelError(f"{path} is not a valid {model_type or 'model'} configuration", str(error).splitlines()[0][:200], "check its values") from error
+        raise ModelError(
+            f"{path} is not a valid {model_type or 'model'} configuration", str(error).splitlines()[0][:200], "check its values"
+        ) from error
 
 
 def max_positions(files: ModelFiles) -> int | None:

@@ -193,7 +193,6 @@ class ModelRunner:
             self.sampler.release(row)
         for admitted in plan.admitted:
             self.sampler.admit(admitted.row, admitted.request, admitted.output_ids)
-        self._update_table(plan)
         num_sampled = len(plan.sampled)
         prepared = self.sampler.prepare(plan.sample_request_rows, plan.num_output_tokens) if num_sampled else None
         size = self._graphs.padded(plan.num_decodes) if self._graphs and plan.num_decodes == plan.num_tokens else None
@@ -202,6 +201,7 @@ class ModelRunner:
             self._staging.upload(_padded(plan, size, self.limits.max_num_seqs, self.num_slots - 1))
             logits = self._graphs.replay(size)[:num_sampled]
         else:
+            self._update_table(plan)  # a graph writes its decodes' slots itself
             step = self._eager_step(plan)
             hidden = self._hidden(step)
             prompt = self._prompt_logprobs(plan, hidden, step)

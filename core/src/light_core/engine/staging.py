@@ -56,7 +56,7 @@ class Staging:
             end = max(end, stop)
         if self._device is not self._hosts[index]:
             self._device[:end].copy_(self._hosts[index][:end], non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copied[index] = event
         return {name: self._views[name][: array.size] for name, array in arrays.items()}

@@ -154,7 +154,9 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
             f"{pickled[0]} is a pickle, which can run code when it is read, and is refused",
             "convert to safetensors: transformers' AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
         )
-    raise CheckpointError(f"{folder} has no weights", "no *.safetensors file is there", "download them, or use --load-format dummy for random ones")
+    raise CheckpointError(
+        f"{folder} has no weights", "no *.safetensors file is there", "download them, or use --load-format dummy for random ones"
+    )
 
 
 def _load_file(file: Path, target: "_Target", shard: Shard) -> Iterator[tuple[str, int]]:
@@ -191,7 +193,9 @@ class _Target:
         """Placements of checkpoint tensor `name`; [] if it is ignored or unexpected."""
         short = self._strip(name)
         if short in self._taken:
-            raise CheckpointError(f"tensor {name!r} is twice in the checkpoint", f"in {self._taken[short].name} and {file.name}", "remove one file")
+            raise CheckpointError(
+                f"tensor {name!r} is twice in the checkpoint", f"in {self._taken[short].name} and {file.name}", "remove one file"
+            )
         if short in self._wanted:
             self._taken[short] = file
             return self._wanted[short]
@@ -215,7 +219,9 @@ class _Target:
             tensor = placement.transform(tensor)
         parameter = self._parameters[placement.param].data
         rows = self._rows(placement)
-        place = parameter.narrow(0, placement.offset, rows) if parameter.ndim and placement.offset + rows <= parameter.shape[0] else parameter
+        place = (
+            parameter.narrow(0, placement.offset, rows) if parameter.ndim and placement.offset + rows <= parameter.shape[0] else parameter
+        )
         if place.shape != tensor.shape:
             raise CheckpointError(
                 f"tensor {placement.source!r} does not fit parameter {placement.param!r}",

@@ -137,19 +137,19 @@ async def serve(
     caught = (signal.SIGTERM, signal.SIGINT) if handle_signals else ()
     for number in caught:
         loop.add_signal_handler(number, server.begin_drain)
-    helpers = []
+    chores = []
     if prepare is not None:
-        helpers.append(loop.create_task(_prepared(server, prepare)))
+        chores.append(loop.create_task(_prepared(server, prepare)))
     if stopping is not None:
-        helpers.append(loop.create_task(_stopped(server, stopping)))
+        chores.append(loop.create_task(_stopped(server, stopping)))
     try:
         await server.serve(list(sockets))
     finally:
         for number in caught:
             loop.remove_signal_handler(number)
-        for task in helpers:
+        for task in chores:
             task.cancel()
-        results = await asyncio.gather(*helpers, return_exceptions=True)
+        results = await asyncio.gather(*chores, return_exceptions=True)
     for result in results:
         if isinstance(result, Exception):
             raise result

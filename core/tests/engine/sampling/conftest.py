@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from light_core.engine import hooks
 from light_core.engine.sampling import Sampler
 from light_core.ops import KernelRegistry, Machine, OpTable

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+
 from light_core.engine.requests import EngineRequest
 from light_core.engine.sampling import STATUS_TEXT, Sampler
 from light_core.engine.sampling import params as p

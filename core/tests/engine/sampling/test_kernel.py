@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from light_core.engine.requests import EngineRequest
 from light_core.engine.sampling import Sampler
 from light_core.sampling_params import SamplingParams

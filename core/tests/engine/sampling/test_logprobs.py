@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+
 from light_core.engine.requests import EngineRequest, TokenLogprobs
 from light_core.engine.sampling import Sampler
 from light_core.sampling_params import SamplingParams

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from light_core.engine.sampling.params import seed_key, uniforms
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+
 from light_core.engine.requests import EngineRequest
 from light_core.engine.sampling import Sampler
 from light_core.engine.sampling import params as p

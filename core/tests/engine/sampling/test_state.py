@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+
 from light_core.engine.requests import EngineRequest
 from light_core.engine.sampling import Sampler
 from light_core.engine.sampling.state import FIRST_SLOTS, SlotPool, upload

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
 from light_core.errors import ConfigError
 
 __all__ = ["activation", "canonical_name", "functional"]

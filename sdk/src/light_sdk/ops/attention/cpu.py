@@ -5,6 +5,7 @@ Decodes of similar length run as one padded batch; prefill chunks one request at
 
 import torch
 import torch.nn.functional as F
+
 from light_core.types import Step
 
 __all__ = ["attention"]

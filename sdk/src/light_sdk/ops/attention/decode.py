@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from light_core.types import Step
 
+from light_core.types import Step
 from light_sdk.ops.attention.tuning import DecodeConfig, num_processors
 
 __all__ = ["decode_attention"]

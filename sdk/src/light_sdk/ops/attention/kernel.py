@@ -1,8 +1,8 @@
 """`attention` in Triton: decodes by `decode.py`, prefill chunks by `prefill.py`, each absent where a batch has none."""
 
 import torch
-from light_core.types import Step
 
+from light_core.types import Step
 from light_sdk.ops.attention.decode import decode_attention
 from light_sdk.ops.attention.prefill import prefill_attention
 from light_sdk.ops.attention.tuning import decode_config, prefill_config

@@ -11,8 +11,8 @@ Source: Dao 2023, "FlashAttention-2", arXiv 2307.08691.
 import torch
 import triton
 import triton.language as tl
-from light_core.types import Step
 
+from light_core.types import Step
 from light_sdk.ops.attention.tuning import PrefillConfig
 
 __all__ = ["prefill_attention"]

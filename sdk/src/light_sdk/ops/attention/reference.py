@@ -9,6 +9,7 @@ arXiv 2108.12409.
 """
 
 import torch
+
 from light_core.types import Step
 
 __all__ = ["attention"]
