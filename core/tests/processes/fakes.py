@@ -132,6 +132,7 @@ async def serve(client: RemoteEngine, boot: Boot, listener: Any, lifecycle: Life
             await asyncio.sleep(0.02)
         server.should_exit = True
 
+    lifecycle.set_ready()
     watching = asyncio.create_task(watch())
     await server.serve([listener])
     watching.cancel()

@@ -125,7 +125,8 @@ def _config_object(raw: dict[str, Any], path: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = str(raw.get("model_type"))
-    kind = CONFIG_MAPPING.get(model_type, PretrainedConfig)
+    # Not .get(): this mapping loads its entries in __getitem__ alone.
+    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
     try:
         return kind.from_dict(dict(raw))
     except Exception as error:  # whatever transformers' validation raises is a fault of this file

@@ -13,7 +13,7 @@ Who writes what (nothing has two writers at a time):
     generation, in_use, prompt_len, arrival_ns, prompt tokens      http, before the Submit message
     num_tokens, output tokens                                      engine
     closed                                                         detokenizer, when engine and itself are done with it
-    board                                                          engine; heartbeats: each its own
+    board                                                          engine; heartbeats and ready words: each its own
 
 A slot's life: free → `open_slot` (generation grows, in_use = 1) → Submit … last update → closed = generation →
 `release` (in_use = 0). `closed` is in shared memory so that a restarted http finds out about slots it never heard of.
@@ -57,7 +57,9 @@ CONTROL = np.dtype(
 
 HEARTBEATS = ("engine", "detokenizer", "http")
 WORDS = 16
-ROW_TOKENS, ENGINE_READY, DETOKENIZER_READY, BUSY_SINCE_NS, NUM_STEPS, FIRST_HEARTBEAT = range(6)
+ROW_TOKENS, ENGINE_READY, DETOKENIZER_READY, HTTP_READY, BUSY_SINCE_NS, NUM_STEPS, FIRST_HEARTBEAT = range(7)
+HTTP_READY_TEXT, HTTP_READY_CHAT = 1, 2
+"""Values of HTTP_READY: it takes text, and conversations too."""
 BLOBS = {"progress": (1024, 4096), "card": (8192, 49152), "stats": (57344, 8192)}
 BOARD_BYTES = 65536
 

@@ -115,8 +115,6 @@ class RemoteEngine:
         self._card: ModelCard | None = None
         self._draining = False
         self._dead: str | None = None
-        self.held = False
-        """Set while the HTTP side loads what it needs; the engine then counts as loading."""
         self._loop.add_reader(self._inbox.fileno(), self._read)
         self._timer = self._loop.call_later(ORPHAN_INTERVAL_S, self._tend)
         for slot, generation in self._slots.orphans.items():
@@ -133,7 +131,7 @@ class RemoteEngine:
             return EngineState.DEAD
         if self._draining:
             return EngineState.DRAINING
-        if self.held or not board.word(ENGINE_READY) or not board.word(DETOKENIZER_READY):
+        if not board.word(ENGINE_READY) or not board.word(DETOKENIZER_READY):
             return EngineState.LOADING
         silent_s = max(board.silent_s("engine"), board.silent_s("detokenizer"))
         return EngineState.READY if silent_s < self._settings.heartbeat_timeout_s else EngineState.DEAD

@@ -21,6 +21,7 @@ from light_core.processes.arena import BUSY_SINCE_NS, ENGINE_READY, NUM_STEPS, A
 from light_core.processes.channels import Receiver, Sender
 from light_core.processes.guards import Child, load_target, run_child
 from light_core.processes.messages import Open, Progress, StepUpdate, StopHit, Submit, ToEngine
+from light_core.processes.phases import LoadingLog
 from light_core.sampling_params import SamplingParams
 from light_core.server.client import ModelCard
 
@@ -264,11 +265,13 @@ def main(child: Child) -> None:
     """Loads the engine and runs it until the supervisor says stop."""
     boot = child.boot
     board = child.arena.board
+    loading = LoadingLog()
 
     def progress(phase: str, fraction: float) -> None:
+        loading(phase, fraction)
         board.write("progress", {"phase": str(phase)[:200], "progress": round(float(fraction), 4)})
 
-    progress("starting", 0.0)
+    progress("imports", 0.0)
     factory: EngineFactory = load_target(boot.settings.engine)
     engine = factory(boot.config, boot.refs, progress)
     card = engine.card
@@ -279,7 +282,7 @@ def main(child: Child) -> None:
     inbox: Receiver[Any] = Receiver(context, folder, "engine", ToEngine, limit)
     loop = EngineLoop(engine, child.arena, inbox, Sender(context, folder, "detokenizer", limit), os.eventfd(0, os.EFD_CLOEXEC))
     child.listen(lambda command: loop.stop())
-    progress("ready", 1.0)
+    logger.info("loaded in %s", loading.finish())
     board.set_word(ENGINE_READY, 1)
     try:
         loop.run()

@@ -24,6 +24,7 @@ from light_core.config import EngineConfig
 from light_core.errors import LightError
 from light_core.plugins.refs import PluginRef
 from light_core.processes.arena import Arena, ArenaFds
+from light_core.processes.logs import configure_logging
 from light_core.processes.messages import EngineDead, Failure, MessageDecoder, MessageError, ToChild, encode
 from light_core.processes.settings import ProcessSettings
 
@@ -162,7 +163,7 @@ def run_child(main: Callable[[Child], None]) -> NoReturn:
     boot = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Boot)
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)
-    logging.basicConfig(level=boot.log_level, format=f"%(asctime)s {boot.role}[%(process)d] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    configure_logging(boot.role, boot.log_level)
     _set_title(boot.role)
     child = Child(boot)
     child.start()

@@ -5,12 +5,12 @@ Not here: routes (`light_core.server`). It holds no state that a restart would m
 
 import asyncio
 import contextlib
-import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from light_core.processes.arena import HTTP_READY, HTTP_READY_CHAT, HTTP_READY_TEXT, Board
 from light_core.processes.client import RemoteEngine
 from light_core.processes.guards import Boot, Child, load_target, run_child
 from light_core.processes.messages import Drain, EngineDead
@@ -28,20 +28,25 @@ class Lifecycle:
         stopping: set when the server is to return now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board) -> None:
+        self._board = board
         self.draining = asyncio.Event()
         self.stopping = asyncio.Event()
+
+    def set_ready(self, chat: bool = False) -> None:
+        """What the HTTP side loads is there; with `chat`, a chat template too. The engine has its own word for this."""
+        self._board.set_word(HTTP_READY, HTTP_READY_CHAT if chat else HTTP_READY_TEXT)
 
 
 ServeFunction = Callable[[RemoteEngine, Boot, socket.socket, Lifecycle], Awaitable[None]]
 """`async (client, boot, listener, lifecycle) -> None`: serves on the listening socket. It comes up at once: tokenizers
-and the like are loaded in the background."""
+and the like are loaded in the background, and `lifecycle.set_ready` is called when they are there."""
 
 
 async def _serve(child: Child) -> None:
     boot = child.boot
     assert boot.listener is not None
-    loop, lifecycle = asyncio.get_running_loop(), Lifecycle()
+    loop, lifecycle = asyncio.get_running_loop(), Lifecycle(child.arena.board)
     client = RemoteEngine(child.arena, boot.config, boot.settings, Path(boot.folder))
 
     def obey(command: Any) -> None:
@@ -75,8 +80,6 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 def main(child: Child) -> None:
     """Serves until the supervisor says stop."""
-    # What uvicorn says of its start and stop is said by the supervisor already, for all processes.
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         runner.run(_serve(child))
 

@@ -16,6 +16,7 @@ import msgspec
 
 from light_core.errors import ConfigError
 from light_core.processes.guards import CONTROL_BYTES, Boot
+from light_core.processes.logs import LIBRARY_ENVIRONMENT
 from light_core.processes.messages import Failure, MessageDecoder, MessageError, ToSupervisor, encode
 
 __all__ = ["ChildProcess", "bind_listener", "num_oom_kills", "start_child"]
@@ -129,7 +130,7 @@ def start_child(role: str, boot: dict[str, Any], descriptors: tuple[int, ...]) -
             stdin=stdin,
             pass_fds=(*descriptors, theirs.fileno()),
             process_group=0,  # Ctrl-C in a terminal is for the supervisor alone
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(_own_paths()), "PYTHONUNBUFFERED": "1"},
+            env={**LIBRARY_ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(_own_paths()), "PYTHONUNBUFFERED": "1"},
         )
     return ChildProcess(role, popen, ours)
 

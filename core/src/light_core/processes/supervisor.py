@@ -12,27 +12,39 @@
 Every child is in a process group of its own, and none outlives this process (`guards.py`).
 """
 
+import json
 import logging
 import os
 import selectors
+import shlex
 import signal
 import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import msgspec
 
+from light_core import __version__
 from light_core.config import EngineConfig
 from light_core.engine.requests import EngineStats
 from light_core.plugins.refs import PluginRef
-from light_core.processes.arena import BUSY_SINCE_NS, DETOKENIZER_READY, ENGINE_READY, Arena, create_arena
+from light_core.processes.arena import (
+    BUSY_SINCE_NS,
+    DETOKENIZER_READY,
+    ENGINE_READY,
+    HTTP_READY,
+    HTTP_READY_CHAT,
+    Arena,
+    create_arena,
+)
 from light_core.processes.channels import SocketFolder
 from light_core.processes.guards import DUMP_SIGNAL
 from light_core.processes.launch import ChildProcess, bind_listener, start_child
+from light_core.processes.logs import configure_logging
 from light_core.processes.messages import Drain, EngineDead, Failure, Stop
 from light_core.processes.settings import ProcessSettings
 
@@ -67,14 +79,17 @@ def run_server(
     Raises:
         LightError: nothing has been started, because the port is taken or the plugins are not usable.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s light[%(process)d] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    configure_logging("light")
+    began = time.monotonic()
     listener = bind_listener(process_settings.host, process_settings.port)
     try:
+        serving = None
         if refs is None:
             from light_core.processes.defaults import resolve_plugins
 
-            refs = resolve_plugins(engine_config)
-        return Supervisor(engine_config, server_settings, process_settings, refs, listener).run()
+            refs, serving = resolve_plugins(engine_config)
+        logger.info("light %s: %s%s", __version__, engine_config.model, f" by {serving}" if serving else "")
+        return Supervisor(engine_config, server_settings, process_settings, refs, listener, began).run()
     finally:
         listener.close()
 
@@ -83,7 +98,13 @@ class Supervisor:
     """One tree of processes; see the module's table. Use it once, in the main thread."""
 
     def __init__(
-        self, config: EngineConfig, server_settings: Any, settings: ProcessSettings, refs: Sequence[PluginRef], listener: socket.socket
+        self,
+        config: EngineConfig,
+        server_settings: Any,
+        settings: ProcessSettings,
+        refs: Sequence[PluginRef],
+        listener: socket.socket,
+        began: float,
     ) -> None:
         self._settings, self._listener = settings, listener
         self._folder = SocketFolder()
@@ -108,7 +129,7 @@ class Supervisor:
         self._failure: Failure | None = None
         self._deadline = float("inf")
         self._restarts: deque[float] = deque()
-        self._status = _StatusLog(self._arena, settings, listener)
+        self._status = _StatusLog(self._arena, settings, self._boot["server"], listener, began)
 
     def run(self) -> int:
         """Starts the tree and stays until it is gone; returns the exit code."""
@@ -294,32 +315,30 @@ class Supervisor:
 
 
 class _StatusLog:
-    """What the log says while all is well: loading phases, readiness, and throughput while there is work."""
+    """What the log says while all is well: readiness, once, and throughput while there is work."""
 
-    def __init__(self, arena: Arena, settings: ProcessSettings, listener: socket.socket) -> None:
+    def __init__(self, arena: Arena, settings: ProcessSettings, server: Mapping[str, Any], listener: socket.socket, began: float) -> None:
         self._board, self._interval_s = arena.board, settings.stats_interval_s
-        host, port = listener.getsockname()[:2]
-        self._address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._started = time.monotonic()
-        self._phase: Any = None
+        self._url, self._server, self._began = client_url(*listener.getsockname()[:2]), server, began
         self._ready = False
         self._before, self._last = EngineStats(), time.monotonic()
 
     def log(self) -> None:
         """Writes a line if there is something to say."""
         if not self._ready:
-            self._log_progress()
+            self._log_ready()
         elif time.monotonic() - self._last >= self._interval_s:
             self._log_throughput()
 
-    def _log_progress(self) -> None:
-        progress = self._board.read("progress", dict) or {}
-        if progress.get("phase") not in (self._phase, None, "ready"):
-            self._phase = progress["phase"]
-            logger.info("loading: %s (%.1f s)", self._phase, time.monotonic() - self._started)
-        if self._board.word(ENGINE_READY) and self._board.word(DETOKENIZER_READY):
-            self._ready = True
-            logger.info("ready in %.1f s, %s/v1", time.monotonic() - self._started, self._address)
+    def _log_ready(self) -> None:
+        board, takes = self._board, self._board.word(HTTP_READY)
+        if not (takes and board.word(ENGINE_READY) and board.word(DETOKENIZER_READY)):
+            return
+        self._ready = True
+        logger.info("ready in %.1f s: %s/v1 (docs at /docs)", time.monotonic() - self._began, self._url)
+        if names := self._server.get("served_model_names"):
+            chat, key = takes == HTTP_READY_CHAT, bool(self._server.get("api_keys"))
+            logger.info("try it: %s", curl_line(self._url, names[0], chat=chat, key=key))
 
     def _log_throughput(self) -> None:
         now, before = self._board.read("stats", EngineStats) or EngineStats(), self._before
@@ -328,6 +347,27 @@ class _StatusLog:
         line = throughput_line(before, now, elapsed_s)
         if line is not None:
             logger.info("%s", line)
+
+
+def client_url(host: str, port: int) -> str:
+    """Where a client on this machine finds a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def curl_line(url: str, model: str, *, chat: bool, key: bool) -> str:
+    """A command for a shell that asks the server for an answer.
+
+    Args:
+        url: of the server.
+        model: the name that it is served under.
+        chat: whether it takes conversations.
+        key: whether it wants one; it is taken from LIGHT_API_KEY, so that no key is shown in a log.
+    """
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+    body = json.dumps({"model": model, **asked, "max_tokens": 64}, ensure_ascii=False)
+    headers = "-H 'Content-Type: application/json'" + (' -H "Authorization: Bearer $LIGHT_API_KEY"' if key else "")
+    return f"curl {url}/v1/{'chat/completions' if chat else 'completions'} {headers} -d {shlex.quote(body)}"
 
 
 def throughput_line(before: EngineStats, now: EngineStats, elapsed_s: float) -> str | None:

@@ -56,6 +56,11 @@ class PromptReader:
         """Ends the threads; those that are busy end after their work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def takes_conversations(self) -> bool:
+        """Whether there is a chat template."""
+        return any(template is not None for template in self._templates.values())
+
     async def completion(self, prompt: str | list[Any], max_len: int, vocab_size: int, add_special_tokens: bool = True) -> list[TextPrompt]:
         """Prompts of a text completion.
 

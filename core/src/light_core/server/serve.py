@@ -14,8 +14,10 @@ import functools
 import logging
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,6 +33,8 @@ __all__ = ["HTTPServer", "Prepare", "serve"]
 
 Prepare = Callable[[], tuple[Tokenizer | None, ChatSpec | None]]
 """Loads the tokenizer and what the plugin says of conversations; None without a tokenizer."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +88,11 @@ class HTTPServer(uvicorn.Server):
             await asyncio.sleep(_POLL_S)
         self._end()
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether `begin_drain` was called."""
+        return self._drain is not None
+
     def drain_delay_s(self) -> float:
         """How long to go on answering 503: the setting, or 0 where nothing has asked for readiness lately."""
         probe = self.context.last_probe
@@ -114,6 +123,8 @@ async def serve(
     sockets: Sequence[socket.socket],
     *,
     prepare: Prepare | None = None,
+    on_ready: Callable[[], None] | None = None,
+    draining: asyncio.Event | None = None,
     stopping: asyncio.Event | None = None,
     handle_signals: bool = True,
     access_log: bool = False,
@@ -124,7 +135,9 @@ async def serve(
         app: from `create_app`.
         sockets: listening sockets, bound by the caller (before the model is loaded).
         prepare: loads the tokenizer, in a thread while the server is up already and says that it is loading.
-        stopping: set by whoever drains the engine, when nothing is in flight any more.
+        on_ready: called when `prepare` is done and its result is in use, at once without one.
+        draining: set to have the server drain and end.
+        stopping: set by whoever drains the engine, when nothing is in flight any more; or to stop a drain's waiting.
         handle_signals: drain on SIGTERM and SIGINT, and stop at once on a second one. Main thread only.
         access_log: log a line for each request.
 
@@ -137,9 +150,9 @@ async def serve(
     caught = (signal.SIGTERM, signal.SIGINT) if handle_signals else ()
     for number in caught:
         loop.add_signal_handler(number, server.begin_drain)
-    chores = []
-    if prepare is not None:
-        chores.append(loop.create_task(_prepared(server, prepare)))
+    chores = [loop.create_task(_prepared(server, prepare, on_ready))]
+    if draining is not None:
+        chores.append(loop.create_task(_drained(server, draining)))
     if stopping is not None:
         chores.append(loop.create_task(_stopped(server, stopping)))
     try:
@@ -155,16 +168,53 @@ async def serve(
             raise result
 
 
-async def _prepared(server: HTTPServer, prepare: Prepare) -> None:
+async def _prepared(server: HTTPServer, prepare: Prepare | None, on_ready: Callable[[], None] | None) -> None:
     try:
-        server.context.attach(*await asyncio.to_thread(prepare))
+        if prepare is not None:
+            server.context.attach(*await _in_thread(prepare))
     except BaseException:
         server.should_exit = True
         raise
+    if on_ready is not None:
+        on_ready()
+
+
+def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """Runs `work` in a thread that, unlike an executor's, does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(T, result))
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = work()
+        except BaseException as error:
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, problem)
+
+    threading.Thread(target=run, name="prepare", daemon=True).start()
+    return future
+
+
+async def _drained(server: HTTPServer, draining: asyncio.Event) -> None:
+    await draining.wait()
+    server.begin_drain()
 
 
 async def _stopped(server: HTTPServer, stopping: asyncio.Event) -> None:
     await stopping.wait()
+    if server.is_draining:
+        server.begin_drain()
+        return
     if server.context.client.state is not EngineState.DEAD:
         server.context.draining = True
         await asyncio.sleep(server.drain_delay_s())
