@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import click
 
 from light_core import __version__
-from light_core.cli.options import dataclass_options, read_config_file
-from light_core.cli.settings import ENGINE_CHOICES, ENGINE_HELP, server_options
+from light_core.cli.options import SectionedCommand, dataclass_options, read_config_file
+from light_core.cli.settings import ENGINE_CHOICES, ENGINE_HELP, SECTIONS, server_options
 from light_core.config import EngineConfig
 from light_core.errors import LightError
 
@@ -53,6 +53,12 @@ def _add(group: click.Group, name: str, target: str, text: str, *params: click.P
     group.add_command(click.Command(name, callback=_later(target), params=list(params), help=text, context_settings=CONTEXT))
 
 
+def _add_sectioned(name: str, target: str, text: str, *params: click.Parameter) -> None:
+    """As `_add` on the top level, for a command with the options of an engine."""
+    made = SectionedCommand(name, callback=_later(target), params=list(params), help=text, context_settings=CONTEXT, sections=SECTIONS)
+    command.add_command(made)
+
+
 def _model_argument(required: bool = True) -> click.Argument:
     return click.Argument(["model"], required=required, metavar="MODEL")
 
@@ -68,12 +74,11 @@ def _config_file() -> click.Option:
         expose_value=False,
         callback=read_config_file,
         metavar="FILE.yaml",
-        help="YAML file of settings; options and the environment go before it.",
+        help="YAML file of settings, named as the options are.",
     )
 
 
-_add(
-    command,
+_add_sectioned(
     "serve",
     "light_core.cli.serve:serve",
     """Serve MODEL over HTTP: OpenAI's API and LightLLM's own.
@@ -85,14 +90,13 @@ _add(
     *server_options(),
     _config_file(),
 )
-_add(
-    command,
+_add_sectioned(
     "doctor",
     "light_core.cli.doctor:doctor",
     "Say whether MODEL would start here, without loading its weights: plugin, memory, kernels, port.",
     _model_argument(),
     *_engine_options(),
-    *server_options(("host", "port")),
+    *server_options(),
     _config_file(),
 )
 _add(

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -16,7 +16,12 @@ import click
 
 from light_core.errors import ConfigError
 
-__all__ = ["JSON", "dataclass_options", "read_config_file", "split"]
+__all__ = ["JSON", "SectionedCommand", "dataclass_options", "read_config_file", "split"]
+
+TWINS = (
+    "Every option has a twin in the environment (--max-model-len is LIGHT_MAX_MODEL_LEN) and may stand in the file of "
+    "--config. The command line goes before the environment, the environment before the file."
+)
 
 
 class JSON(click.ParamType[Any]):
@@ -37,6 +42,32 @@ class JSON(click.ParamType[Any]):
         return parsed
 
 
+class SectionedCommand(click.Command):
+    """A command whose help has its options under headings.
+
+    Args:
+        sections: heading to option names; what is in none of them comes last, as "Other".
+    """
+
+    def __init__(self, name: str, *, sections: Mapping[str, Sequence[str]], **settings: Any) -> None:
+        super().__init__(name, epilog=TWINS, **settings)
+        self._sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes one block a section; a section without options is left out."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        records = {option.name: record for option in options if (record := option.get_help_record(ctx)) is not None}
+        for heading, names in self._sections.items():
+            self._write(formatter, heading, [records.pop(name) for name in names if name in records])
+        self._write(formatter, "Other", list(records.values()))
+
+    @staticmethod
+    def _write(formatter: click.HelpFormatter, heading: str, records: list[tuple[str, str]]) -> None:
+        if records:
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 def dataclass_options(
     kind: type, helps: Mapping[str, str], choices: Mapping[str, Iterable[str]] = types.MappingProxyType({})
 ) -> list[click.Option]:
@@ -51,9 +82,9 @@ def _option(field: "dataclasses.Field[Any]", hint: Any, text: str, choices: Iter
     flag, env = "--" + field.name.replace("_", "-"), "LIGHT_" + field.name.upper()
     kind, multiple = _param_type(hint)
     default = _default(field)
-    settings: dict[str, Any] = {"envvar": env, "help": text, "show_envvar": True}
+    settings: dict[str, Any] = {"envvar": env, "help": text}
     if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}", field.name], default=default, show_default=True, **settings)
+        return click.Option([f"{flag}/--no-{flag[2:]}", field.name], default=default, show_default="on" if default else False, **settings)
     if multiple:
         return click.Option([flag, field.name], multiple=True, type=kind, default=None, **settings)
     if choices is not None:
@@ -87,7 +118,11 @@ def split(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def read_config_file(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Callback of `--config`: a YAML mapping of option names (with - or _) that become defaults."""
+    """Callback of `--config`: a YAML mapping of option names (with - or _) that become defaults.
+
+    Raises:
+        ConfigError: the file cannot be read, or names an option that there is not.
+    """
     del param
     if value is None:
         return
@@ -101,13 +136,24 @@ def read_config_file(ctx: click.Context, param: click.Parameter, value: str | No
         raise ConfigError(
             f"--config {value} is not a mapping", f"it holds a {type(content).__name__}", "write lines like `max-model-len: 4096`"
         )
-    known = {parameter.name for parameter in ctx.command.params if parameter.name}
+    known = _settings(ctx.command)
     defaults = {}
     for key, setting in content.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0].replace('_', '-')!r}?" if near else "see `light serve --help`"
+        spelling = str(key).replace("_", "-")
+        if spelling not in known:
+            near = difflib.get_close_matches(spelling, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"see `{ctx.command_path} --help`"
             raise ConfigError(f"--config {value}: unknown setting {key!r}", "no option has that name", hint)
-        defaults[name] = setting
+        option = known[spelling]
+        repeated = option.multiple and not isinstance(setting, (list, tuple))
+        defaults[str(option.name)] = [setting] if repeated else setting
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _settings(command: click.Command) -> dict[str, click.Parameter]:
+    """What a config file may set: options by their flags without the dashes in front, arguments by their names."""
+    known: dict[str, click.Parameter] = {}
+    for parameter in command.params:
+        if parameter.expose_value and parameter.name:
+            known |= dict.fromkeys((flag.lstrip("-").replace("_", "-") for flag in parameter.opts if len(flag) > 2), parameter)
+    return known

@@ -11,7 +11,7 @@ from light_core.config import EngineConfig
 from light_core.processes.settings import ProcessSettings
 from light_core.server.settings import ServerSettings
 
-__all__ = ["ENGINE_CHOICES", "ENGINE_HELP", "engine_config", "process_settings", "server_options", "server_settings"]
+__all__ = ["ENGINE_CHOICES", "ENGINE_HELP", "SECTIONS", "engine_config", "process_settings", "server_options", "server_settings"]
 
 ENGINE_CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -25,6 +25,7 @@ ENGINE_HELP = {
     "revision": "Branch, tag or commit of a hub id.",
     "dtype": "Of weights and activations.",
     "device": "Where to run.",
+    "skip_tokenizer_init": "Token ids in, token ids out.",
     "load_format": '"dummy" fills random weights, to measure without a checkpoint.',
     "max_model_len": "Prompt and output of one request, in tokens; the model's own limit otherwise.",
     "max_num_seqs": "Requests that run at the same time; 512 on a GPU, 64 on a CPU otherwise.",
@@ -33,9 +34,9 @@ ENGINE_HELP = {
     "gpu_memory_utilization": "Share of the GPU's memory that may be used.",
     "enable_prefix_caching": "Keep the KV of finished requests for later ones with the same beginning.",
     "enforce_eager": "No CUDA graphs.",
-    "seed": "Of dummy weights, and of requests that name no seed.",
+    "seed": "Of dummy weights, and offline of requests that name none.",
     "hf_overrides": "JSON object whose entries replace those of config.json.",
-    "kernels": 'JSON object of op to kernel, e.g. \'{"attention": "reference"}\', to overrule the automatic choice.',
+    "kernels": 'JSON object of op to kernel that overrules the automatic choice: {"attention": "reference"}.',
 }
 
 SERVER_FLAGS: dict[str, tuple[str, Any, str]] = {
@@ -54,16 +55,41 @@ SERVER_FLAGS: dict[str, tuple[str, Any, str]] = {
     "watchdog-timeout": ("watchdog_timeout_s", float, "Seconds without a step, while there is work, after which the server ends."),
     "stats-interval": ("stats_interval_s", float, "Seconds between two throughput lines."),
 }
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Model": (
+        "model_plugin",
+        "tokenizer",
+        "skip_tokenizer_init",
+        "revision",
+        "load_format",
+        "dtype",
+        "device",
+        "max_model_len",
+        "hf_overrides",
+        "seed",
+    ),
+    "Engine": (
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_total_tokens",
+        "gpu_memory_utilization",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "kernels",
+    ),
+    "Server": ("host", "port", "served_model_names", "api_keys", "allowed_origins", "chat_template", "generation_config"),
+    "Limits of requests": ("max_queued", "max_body_bytes", "max_logprobs"),
+    "Operation": ("drain_delay_s", "shutdown_timeout_s", "watchdog_timeout_s", "stats_interval_s"),
+}
+"""Headings of the help, with the names of the options under each."""
 _REPEATED = ("served_model_names", "api_keys", "allowed_origins")
 
 
-def server_options(only: tuple[str, ...] | None = None) -> list[click.Option]:
-    """Options of the server and its processes, or those of `only`."""
+def server_options() -> list[click.Option]:
+    """Options of the server and its processes."""
     defaults = {field.name: field.default for kind in (ServerSettings, ProcessSettings) for field in dataclasses.fields(kind)}
     options = []
     for flag, (name, kind, text) in SERVER_FLAGS.items():
-        if only is not None and flag not in only:
-            continue
         repeated = name in _REPEATED
         env = "LIGHT_" + flag.replace("-", "_").upper()
         default = None if repeated else defaults[name]
@@ -75,7 +101,6 @@ def server_options(only: tuple[str, ...] | None = None) -> list[click.Option]:
                 default=default,
                 multiple=repeated,
                 envvar=env,
-                show_envvar=True,
                 show_default=shown,
                 help=text,
             )

@@ -58,8 +58,8 @@ CONTROL = np.dtype(
 HEARTBEATS = ("engine", "detokenizer", "http")
 WORDS = 16
 ROW_TOKENS, ENGINE_READY, DETOKENIZER_READY, HTTP_READY, BUSY_SINCE_NS, NUM_STEPS, FIRST_HEARTBEAT = range(7)
-HTTP_READY_TEXT, HTTP_READY_CHAT = 1, 2
-"""Values of HTTP_READY: it takes text, and conversations too."""
+TAKES_IDS, TAKES_TEXT, TAKES_CHAT = 1, 2, 3
+"""Values of HTTP_READY: what prompts may be; each includes those before it."""
 BLOBS = {"progress": (1024, 4096), "card": (8192, 49152), "stats": (57344, 8192)}
 BOARD_BYTES = 65536
 

@@ -12,6 +12,7 @@ import msgspec
 
 from light_core.config import EngineConfig
 from light_core.plugins.refs import PluginRef
+from light_core.processes.arena import TAKES_CHAT, TAKES_IDS, TAKES_TEXT
 from light_core.processes.client import RemoteEngine
 from light_core.processes.guards import Boot
 from light_core.processes.http import Lifecycle
@@ -74,11 +75,16 @@ async def serve_openai(client: RemoteEngine, boot: Boot, listener: socket.socket
 
     app = create_app(client, None, msgspec.convert(dict(boot.server), ServerSettings))
     context = context_of(app)
+
+    def on_ready() -> None:
+        takes = TAKES_TEXT if context.tokenizer is not None else TAKES_IDS
+        lifecycle.set_ready(TAKES_CHAT if context.prompts.takes_conversations else takes)
+
     await serve(
         app,
         [listener],
         prepare=lambda: _load_texts(boot.config, boot.refs),
-        on_ready=lambda: lifecycle.set_ready(context.prompts.takes_conversations),
+        on_ready=on_ready,
         draining=lifecycle.draining,
         stopping=lifecycle.stopping,
         handle_signals=False,

@@ -173,6 +173,7 @@ def main(child: Child) -> None:
         detokenizer, child.arena, inbox, Sender(context, folder, "http", limit), to_engine, os.eventfd(0, os.EFD_CLOEXEC)
     )
     child.listen(lambda command: loop.stop())
+    child.loaded()
     child.arena.board.set_word(DETOKENIZER_READY, 1)
     loop.run()
 

@@ -283,6 +283,7 @@ def main(child: Child) -> None:
     loop = EngineLoop(engine, child.arena, inbox, Sender(context, folder, "detokenizer", limit), os.eventfd(0, os.EFD_CLOEXEC))
     child.listen(lambda command: loop.stop())
     logger.info("loaded in %s", loading.finish())
+    child.loaded()
     board.set_word(ENGINE_READY, 1)
     try:
         loop.run()

@@ -7,6 +7,7 @@ the heart and hears the supervisor's commands. It runs while the main thread loa
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import select
@@ -98,6 +99,16 @@ class Child:
         with self._lock:
             self._on_command = on_command
 
+    @staticmethod
+    def loaded() -> None:
+        """What this process needs is in memory: the collector, off until now, is on from here, for what is made from here.
+
+        Importing torch and transformers makes a million objects that stay; walking them over and over would take a
+        quarter of the start, and later a pause of the step loop now and then.
+        """
+        gc.freeze()
+        gc.enable()
+
     def fail(self, failure: Failure) -> None:
         """Tells the supervisor why this process is about to exit."""
         with contextlib.suppress(OSError):
@@ -160,6 +171,7 @@ def load_target(target: str) -> Callable[..., Any]:
 
 def run_child(main: Callable[[Child], None]) -> NoReturn:
     """Runs a child process: boots it, runs `main`, and exits with 0, or reports the exception and exits with its code."""
+    gc.disable()  # until `Child.loaded`
     boot = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Boot)
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)

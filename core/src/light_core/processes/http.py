@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from light_core.processes.arena import HTTP_READY, HTTP_READY_CHAT, HTTP_READY_TEXT, Board
+from light_core.processes.arena import HTTP_READY, TAKES_TEXT
 from light_core.processes.client import RemoteEngine
 from light_core.processes.guards import Boot, Child, load_target, run_child
 from light_core.processes.messages import Drain, EngineDead
@@ -28,14 +28,15 @@ class Lifecycle:
         stopping: set when the server is to return now.
     """
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, child: Child) -> None:
+        self._child = child
         self.draining = asyncio.Event()
         self.stopping = asyncio.Event()
 
-    def set_ready(self, chat: bool = False) -> None:
-        """What the HTTP side loads is there; with `chat`, a chat template too. The engine has its own word for this."""
-        self._board.set_word(HTTP_READY, HTTP_READY_CHAT if chat else HTTP_READY_TEXT)
+    def set_ready(self, takes: int = TAKES_TEXT) -> None:
+        """What the HTTP side loads is there, and prompts may be what `takes` says. (The engine has a word of its own.)"""
+        self._child.loaded()
+        self._child.arena.board.set_word(HTTP_READY, takes)
 
 
 ServeFunction = Callable[[RemoteEngine, Boot, socket.socket, Lifecycle], Awaitable[None]]
@@ -46,7 +47,7 @@ and the like are loaded in the background, and `lifecycle.set_ready` is called w
 async def _serve(child: Child) -> None:
     boot = child.boot
     assert boot.listener is not None
-    loop, lifecycle = asyncio.get_running_loop(), Lifecycle(child.arena.board)
+    loop, lifecycle = asyncio.get_running_loop(), Lifecycle(child)
     client = RemoteEngine(child.arena, boot.config, boot.settings, Path(boot.folder))
 
     def obey(command: Any) -> None:

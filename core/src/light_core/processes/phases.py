@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import TextIO
+from typing import Never, TextIO
 
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ class LoadingLog:
         self._times: dict[str, float] = {}
         self._phase: str | None = None
         self._since = time.perf_counter()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
 
     def __call__(self, phase: str, share: float) -> None:
         """`share` (0 to 1) of `phase` is done."""
@@ -56,5 +56,5 @@ class LoadingLog:
             self._bar = None
 
 
-def _bar(text: str, stream: TextIO) -> "tqdm[None]":
+def _bar(text: str, stream: TextIO) -> "tqdm[Never]":
     return tqdm(total=100, desc=text, file=stream, leave=False, bar_format="{l_bar}{bar:30}| {elapsed}")

@@ -37,7 +37,9 @@ from light_core.processes.arena import (
     DETOKENIZER_READY,
     ENGINE_READY,
     HTTP_READY,
-    HTTP_READY_CHAT,
+    TAKES_CHAT,
+    TAKES_IDS,
+    TAKES_TEXT,
     Arena,
     create_arena,
 )
@@ -337,8 +339,7 @@ class _StatusLog:
         self._ready = True
         logger.info("ready in %.1f s: %s/v1 (docs at /docs)", time.monotonic() - self._began, self._url)
         if names := self._server.get("served_model_names"):
-            chat, key = takes == HTTP_READY_CHAT, bool(self._server.get("api_keys"))
-            logger.info("try it: %s", curl_line(self._url, names[0], chat=chat, key=key))
+            logger.info("try it: %s", curl_line(self._url, names[0], takes, key=bool(self._server.get("api_keys"))))
 
     def _log_throughput(self) -> None:
         now, before = self._board.read("stats", EngineStats) or EngineStats(), self._before
@@ -355,19 +356,24 @@ def client_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def curl_line(url: str, model: str, *, chat: bool, key: bool) -> str:
+def curl_line(url: str, model: str, takes: int, *, key: bool) -> str:
     """A command for a shell that asks the server for an answer.
 
     Args:
         url: of the server.
         model: the name that it is served under.
-        chat: whether it takes conversations.
+        takes: what prompts may be, a value of HTTP_READY.
         key: whether it wants one; it is taken from LIGHT_API_KEY, so that no key is shown in a log.
     """
-    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+    asked: dict[str, Any]
+    path, asked = {
+        TAKES_IDS: ("completions", {"prompt": [1, 2, 3]}),
+        TAKES_TEXT: ("completions", {"prompt": "Hello"}),
+        TAKES_CHAT: ("chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+    }[takes]
     body = json.dumps({"model": model, **asked, "max_tokens": 64}, ensure_ascii=False)
     headers = "-H 'Content-Type: application/json'" + (' -H "Authorization: Bearer $LIGHT_API_KEY"' if key else "")
-    return f"curl {url}/v1/{'chat/completions' if chat else 'completions'} {headers} -d {shlex.quote(body)}"
+    return f"curl {url}/v1/{path} {headers} -d {shlex.quote(body)}"
 
 
 def throughput_line(before: EngineStats, now: EngineStats, elapsed_s: float) -> str | None:

