@@ -1,6 +1,8 @@
 """What the supervisor knows of its children and of the port; settings; the import that must stay light."""
 
 import dataclasses
+import json
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,9 +13,10 @@ import pytest
 
 from light_core.engine.requests import EngineStats
 from light_core.errors import ConfigError
+from light_core.processes.arena import TAKES_CHAT, TAKES_IDS, TAKES_TEXT
 from light_core.processes.launch import ChildProcess, bind_listener
 from light_core.processes.settings import ProcessSettings
-from light_core.processes.supervisor import throughput_line
+from light_core.processes.supervisor import client_url, curl_line, throughput_line
 
 
 @pytest.mark.parametrize(
@@ -86,3 +89,19 @@ def test_throughput() -> None:
 def test_the_supervisor_imports_no_torch() -> None:
     code = "import sys, light_core.processes; print(sorted({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_where_a_client_finds_the_server() -> None:
+    for host, wanted in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("10.0.0.7", "10.0.0.7")):
+        assert client_url(host, 80) == f"http://{wanted}:80"
+
+
+@pytest.mark.parametrize(("takes", "field"), [(TAKES_IDS, "prompt"), (TAKES_TEXT, "prompt"), (TAKES_CHAT, "messages")])
+@pytest.mark.parametrize("key", [False, True])
+def test_the_line_to_try(takes: int, field: str, key: bool) -> None:
+    words = shlex.split(curl_line("http://x:1", 'it\'s a "model"', takes, key=key))
+    assert words[:2] == ["curl", f"http://x:1/v1/{'chat/completions' if takes == TAKES_CHAT else 'completions'}"]
+    body = json.loads(words[-1])
+    assert body["model"] == 'it\'s a "model"' and field in body
+    assert isinstance(body.get("prompt"), {TAKES_IDS: list, TAKES_TEXT: str}.get(takes, type(None)))
+    assert any("Authorization" in word for word in words) is key

@@ -1,8 +1,9 @@
 """A small client of a running server: JSON calls and streamed answers. For `light chat` and `light bench serve`."""
 
+import contextlib
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,13 +37,12 @@ class Server:
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """One JSON call; raises `LightError` with the server's message for any status but 200."""
-        answer = self._send(method, path, body)
-        return json.loads(answer.read())
+        with self._send(method, path, body) as answer:
+            return json.loads(answer.read())
 
     def stream(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
         """Events of a streamed answer, until [DONE]. Closing the iterator closes the connection."""
-        answer = self._send("POST", path, body)
-        try:
+        with self._send("POST", path, body) as answer:
             for line in answer:
                 if not line.startswith(b"data:"):
                     continue
@@ -53,19 +53,22 @@ class Server:
                 if event.get("error"):
                     raise LightError("the server ended the answer", str(event["error"].get("message", event["error"])))
                 yield event
-        finally:
-            answer.close()
 
-    def _send(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+    @contextlib.contextmanager
+    def _send(self, method: str, path: str, body: Any) -> Generator[http.client.HTTPResponse, None, None]:
+        """The answer, on a connection of its own that ends with the block."""
         connection = self._kind(self._host, self._port, timeout=self._timeout_s)
-        try:
-            connection.request(method, self._path + path, json.dumps(body) if body is not None else None, self._headers)
-            answer = connection.getresponse()
-        except OSError as error:
-            raise LightError(f"no server answers at {self.url}", str(error), "start one with `light serve MODEL`, or give --url") from error
-        if answer.status != 200:
-            raise LightError(f"the server answered {answer.status}", _message(answer.read()), "see the server's log")
-        return answer
+        with contextlib.closing(connection):
+            try:
+                connection.request(method, self._path + path, json.dumps(body) if body is not None else None, self._headers)
+                answer = connection.getresponse()
+            except OSError as error:
+                remedy = "start one with `light serve MODEL`, or give --url"
+                raise LightError(f"no server answers at {self.url}", str(error), remedy) from error
+            with answer:
+                if answer.status != 200:
+                    raise LightError(f"the server answered {answer.status}", _message(answer.read()), "see the server's log")
+                yield answer
 
 
 def _message(body: bytes) -> str:

@@ -187,9 +187,11 @@ class RemoteEngine:
     def fail(self, reason: str) -> None:
         """Every request in flight, and every later one, raises `EngineDeadError` with `reason`."""
         self._dead = self._dead or reason
-        for output in self._outputs.values():
-            if output.stream is not None:
-                output.stream.fail(EngineDeadError("the engine has stopped", reason, "the server is restarting or going down"))
+        waiting = {id(output.stream): output.stream for output in self._outputs.values() if output.stream is not None}
+        if waiting:
+            logger.error("requests in flight are ended: %d, because %s", len(waiting), reason)
+        for stream in waiting.values():
+            stream.fail(EngineDeadError("the engine has stopped", reason, "the server is restarting or going down"))
 
     def close(self) -> None:
         """Aborts what is in flight and lets go of the sockets."""
@@ -300,6 +302,7 @@ class RemoteEngine:
             self._deliver(output, update)
         if update.closed:
             if output.stream is not None:  # closed without an end: it cannot be told what became of it
+                logger.error("a request was lost: the engine closed it without a result")
                 output.stream.fail(EngineDeadError("the request was lost", "the engine closed it without a result"))
             del self._outputs[slot]
             self._slots.release(slot)

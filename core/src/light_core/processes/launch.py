@@ -186,5 +186,5 @@ def _holder_of(port: int) -> str:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
                 process = psutil.Process(connection.pid)
-                return f": process {connection.pid} ({' '.join(process.cmdline())[:100] or process.name()}) listens there"
+                return f": process {connection.pid} ({' '.join(process.cmdline())[:100].strip() or process.name()}) listens there"
     return ""

@@ -25,7 +25,7 @@ class ProcessSettings:
         max_http_restarts: crashes of the HTTP process within 60 s that are mended by a restart.
         engine: "module:callable" that builds the engine: `(config, refs, progress) -> engine`.
         tokenizer: "module:callable" that loads the tokenizer: `(config, refs) -> tokenizer`.
-        server: "module:callable" of the HTTP side: `async (client, model, settings, listener) -> None`.
+        server: "module:callable" of the HTTP side: `async (client, boot, listener, lifecycle) -> None`.
     """
 
     host: str = "127.0.0.1"

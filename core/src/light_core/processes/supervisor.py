@@ -365,13 +365,13 @@ def curl_line(url: str, model: str, takes: int, *, key: bool) -> str:
         takes: what prompts may be, a value of HTTP_READY.
         key: whether it wants one; it is taken from LIGHT_API_KEY, so that no key is shown in a log.
     """
-    asked: dict[str, Any]
-    path, asked = {
-        TAKES_IDS: ("completions", {"prompt": [1, 2, 3]}),
-        TAKES_TEXT: ("completions", {"prompt": "Hello"}),
-        TAKES_CHAT: ("chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
-    }[takes]
-    body = json.dumps({"model": model, **asked, "max_tokens": 64}, ensure_ascii=False)
+    asked: dict[int, dict[str, Any]] = {
+        TAKES_IDS: {"prompt": [1, 2, 3]},
+        TAKES_TEXT: {"prompt": "Hello"},
+        TAKES_CHAT: {"messages": [{"role": "user", "content": "Hello"}]},
+    }
+    path = "chat/completions" if takes == TAKES_CHAT else "completions"
+    body = json.dumps({"model": model, **asked[takes], "max_tokens": 64}, ensure_ascii=False)
     headers = "-H 'Content-Type: application/json'" + (' -H "Authorization: Bearer $LIGHT_API_KEY"' if key else "")
     return f"curl {url}/v1/{path} {headers} -d {shlex.quote(body)}"
 

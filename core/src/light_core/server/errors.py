@@ -76,7 +76,8 @@ def problem_of(error: BaseException) -> HTTPProblem:
         case OverloadedError():
             return HTTPProblem(429, error.error, headers={"Retry-After": str(error.retry_after_s)})
         case EngineDeadError():
-            logger.error("a request failed: %s", error)
+            # Whoever noticed has told it, once for all requests.
+            logger.debug("a request failed: %s", error)
             return HTTPProblem(503, "the engine has stopped", code="engine_dead", headers={"Retry-After": "5"})
         case RecursionError():
             return HTTPProblem(400, "the request is nested too deeply")
