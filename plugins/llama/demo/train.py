@@ -90,12 +90,12 @@ class Recipe:
     # The steps take turns through these row lengths; each holds `step_tokens` in all.
     row_lens: tuple[int, ...] = (512, 512, 512, 2048)
     step_tokens: int = 32768
-    steps: int = 3000
+    steps: int = 3400
     warmup: float = 0.04  # share of the steps
     evaluations: int = 30
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    dropout: float = 0.2
+    dropout: float = 0.3
     chat_share: float = 0.2
 
 
