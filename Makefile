@@ -13,7 +13,7 @@ serve: $(VENV)/serve.stamp  ## serve the demo model on 127.0.0.1:8000 (MODEL=…
 	$(BIN)/light serve $(MODEL) $(ARGS)
 
 test: $(VENV)/dev.stamp  ## the CPU tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## the tests that need one CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

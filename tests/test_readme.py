@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from light_core import LLM, SamplingParams
 from safetensors.torch import save_file
 from torch.nn import functional
+
+from light_core import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

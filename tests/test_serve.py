@@ -213,7 +213,7 @@ def test_settings_of_file_environment_and_command_line(demo: Server) -> None:
     ("arguments", "words"),
     [
         (["no-such-model"], "there is no model 'no-such-model'"),
-        (["demo", "--model-plugin", "lama"], "llama"),
+        (["demo", "--model-plugin", "llamma"], "llama"),
         (["demo", "--max-num-seqs", "0"], "max_num_seqs"),
         (["demo", "--generation-config", "perhaps"], "perhaps"),
         (["demo", "--host", "192.0.2.7"], "192.0.2.7"),

@@ -336,7 +336,7 @@ class _StatusLog:
         board, takes = self._board, self._board.word(HTTP_READY)
         if not (takes and board.word(ENGINE_READY) and board.word(DETOKENIZER_READY)):
             return
-        self._ready = True
+        self._ready, self._last = True, time.monotonic()
         logger.info("ready in %.1f s: %s/v1 (docs at /docs)", time.monotonic() - self._began, self._url)
         if names := self._server.get("served_model_names"):
             logger.info("try it: %s", curl_line(self._url, names[0], takes, key=bool(self._server.get("api_keys"))))

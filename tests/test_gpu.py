@@ -1,0 +1,97 @@
+"""The offline API on a GPU: tiny models in float32 against transformers, graphs against eager, the demo in bfloat16."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from light_core import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+NOISE = 0.08  # of the demo's logits in bfloat16, whose size is about 10: 2 ** -8 of it, twice
+
+
+def engine(folder: str, **options: Any) -> LLM:
+    settings = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 16, "max_num_batched_tokens": 256, "max_total_tokens": 4096}
+    return LLM(folder, device="cuda", gpu_memory_utilization=0.5, **(settings | options))
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 160, int(rng.integers(3, 60))).tolist() for _ in range(count)]
+
+
+def run(llm: LLM, given: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in given], params, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(autouse=True)
+def _empty_device() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: tuple[str, Any]) -> list[list[int]]:
+    """Greedy continuations by transformers on the CPU, one full forward a token."""
+    results = []
+    with torch.inference_mode():
+        for prompt in prompts(6):
+            tokens = list(prompt)
+            for _ in range(24):
+                tokens.append(int(tiny[1](torch.tensor([tokens])).logits[0, -1].argmax()))
+            results.append(tokens[len(prompt) :])
+    return results
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"max_num_batched_tokens": 16},
+        {"max_total_tokens": 128, "max_model_len": 128},
+        {"async_planning": False},
+    ],
+    ids=["graphs", "eager", "chunked", "preempted", "not-ahead"],
+)
+def test_greedy_equals_transformers(tiny: tuple[str, Any], expected: list[list[int]], options: dict[str, Any]) -> None:
+    llm = engine(tiny[0], **options)
+    assert run(llm, prompts(6)) == expected
+    assert run(llm, prompts(6)) == expected, "a second time, out of the prefix cache"
+    stats = llm.engine.stats()
+    assert stats.kv_slots_used == stats.num_requests_running == stats.num_requests_waiting == 0
+    llm.shutdown()
+
+
+def test_sampling_is_that_of_the_cpu(llama: tuple[str, Any]) -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.9, top_k=40, seed=5, max_tokens=20, ignore_eos=True, frequency_penalty=0.3)
+    on_gpu = engine(llama[0])
+    on_cpu = LLM(llama[0], device="cpu", dtype="float32", max_model_len=256)
+    same = [one == other for one, other in zip(run(on_gpu, prompts(8), params), run(on_cpu, prompts(8), params))]
+    assert sum(same) >= 7, "one may meet the border between two tokens"
+    on_gpu.shutdown()
+
+
+def test_the_demo_in_bfloat16_agrees_with_transformers() -> None:
+    """Teacher-forced: at each position of Light's own output the reference's best token is Light's, or within noise."""
+    from transformers import AutoModelForCausalLM
+
+    llm = LLM("demo", device="cuda", dtype="bfloat16", gpu_memory_utilization=0.5, max_total_tokens=16384)
+    reference = AutoModelForCausalLM.from_pretrained(llm.engine.model_folder, dtype=torch.float32).cuda().eval()
+    texts = ["ROMEO:\n", "JULIET:\nO, ", "To be, or not to be", "[Enter the KING]\n\n"]
+    checked = 0
+    for output in llm.generate(texts, GREEDY.replace(max_tokens=200), use_tqdm=False):
+        tokens = output.prompt_token_ids + output.outputs[0].token_ids
+        with torch.inference_mode():
+            logits = reference(torch.tensor([tokens], device="cuda")).logits[0]
+        for position in range(len(output.prompt_token_ids), len(tokens)):
+            row = logits[position - 1]
+            assert row.max() - row[tokens[position]] <= NOISE * row.abs().max() / 10, f"position {position}"
+            checked += 1
+    assert checked == 800
+    llm.shutdown()
