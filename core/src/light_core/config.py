@@ -43,7 +43,8 @@ class EngineConfig:
         enable_prefix_caching: keep the KV of finished requests in the radix tree for later ones.
         enforce_eager: no CUDA graphs.
         async_planning: plan step N+1 while step N runs; None means on a GPU only.
-        seed: of dummy weights and of requests that name none.
+        seed: of dummy weights and, in the offline API, of the seeds that requests get which name none; the server draws a
+            fresh seed for each of those.
         hf_overrides: entries that replace those of config.json.
         kernels: op name to kernel name, where the automatic choice is to be overruled.
     """

@@ -3,10 +3,14 @@
 Not here: the server (`light serve`), which runs the same engine in a process of its own.
 """
 
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, cast
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "CompletionOutput", "RequestOutput"]
 
 Prompt = str | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+_DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
 
 @dataclass(slots=True)
@@ -29,11 +36,12 @@ class CompletionOutput:
 
     Attributes:
         index: 0 … n-1.
-        text: without the stop string; "" where nothing is detokenised.
+        text: without the stop string or stop token, unless `include_stop_str_in_output`; "" where nothing is detokenised.
         token_ids: generated tokens, the stop token among them.
         logprobs: for each token where asked for.
         finish_reason: "stop", "length" or "error".
         stop_reason: the stop string or stop token id that ended it.
+        error: what went wrong, with `finish_reason` "error".
     """
 
     index: int
@@ -42,6 +50,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -83,7 +92,8 @@ class LLM:
     Args:
         model: a local folder, a hub id, or a model that a plugin ships ("demo").
         model_plugin, load_format, dtype, device, skip_tokenizer_init, max_model_len, gpu_memory_utilization,
-            enable_prefix_caching, seed, hf_overrides: as `EngineConfig` has them.
+            enable_prefix_caching, seed, hf_overrides: as `EngineConfig` has them; `dtype` may be torch's own, or "half"
+            or "float".
         **options: any other field of `EngineConfig`.
 
     Raises:
@@ -111,7 +121,7 @@ class LLM:
             model=str(model),
             model_plugin=model_plugin,
             load_format=load_format,
-            dtype=dtype,
+            dtype=_dtype_name(dtype),
             device=device,
             skip_tokenizer_init=skip_tokenizer_init,
             max_model_len=max_model_len,
@@ -121,8 +131,10 @@ class LLM:
             hf_overrides=dict(hf_overrides or {}),
             **options,
         )
-        self.engine: Engine = Engine(self.config)
+        with _WeightsBar() as bar:
+            self.engine: Engine = Engine(self.config, progress=bar)
         self.tokenizer = None if skip_tokenizer_init else self._load_tokenizer()
+        self._chat = self.engine.chat_spec()
         self._ids = count()
         self._prompts = count()
         self._seeds = np.random.default_rng(seed)
@@ -147,20 +159,19 @@ class LLM:
 
         Raises:
             RequestError: a prompt or a parameter that cannot be served; nothing has been generated then.
+            KeyboardInterrupt: between two steps. As after any other exception, all is given up and the next call works.
         """
-        listed = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
-        if len(each) != len(listed):
-            raise RequestError(f"{len(listed)} prompts but {len(each)} sampling parameters", "params")
+        listed = [prompts] if isinstance(prompts, (str, Mapping)) else _listed(prompts, "prompts")
         results, live = [], {}
         try:
-            for prompt, wanted in zip(listed, each):
+            for prompt, wanted in zip(listed, _one_each(params, len(listed))):
                 result = self._result(prompt)
                 results.append(result)
                 for index in range(wanted.n):
                     request_id, sequence = self._submit(result, index, wanted)
                     live[request_id] = sequence
-            self._run(live, use_tqdm)
+            with _interrupts_between_steps() as check:
+                self._run(live, use_tqdm, check)
         except BaseException:
             for request_id in live:
                 self.engine.abort(request_id)
@@ -170,42 +181,77 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """As `generate`, for one conversation (a list of messages) or a list of them."""
+        """As `generate`, for one conversation (a list of messages) or a list of them.
+
+        As in the server, the text of special tokens in messages is ordinary text, and the family's stop strings end a
+        reply as well.
+
+        Args:
+            messages: each with "role" and "content".
+            params, use_tqdm: as `generate` has them.
+            chat_template: Jinja source in the place of the tokenizer's (or, where that has none, the family's).
+            add_generation_prompt: end the prompt with the header of the reply.
+            continue_final_message: let the model go on with the last message.
+            tools: tool definitions for the template.
+            chat_template_kwargs: further variables of the template.
+        """
         from light_core.text.chat import render_chat
 
         if self.tokenizer is None:
             raise RequestError("chat needs a tokenizer", "messages")
-        single = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = cast("Sequence[Sequence[Mapping[str, Any]]]", [messages] if single else messages)
-        template = chat_template or self.engine.chat_template
-        prompts: list[Prompt] = [
-            {"prompt_token_ids": self.tokenizer.encode(render_chat(self.tokenizer, list(one), template=template), add_special_tokens=False)}
-            for one in conversations
-        ]
-        return self.generate(prompts, params, use_tqdm)
+        listed = _listed(messages, "messages")
+        conversations = [listed] if listed and isinstance(listed[0], Mapping) else [_listed(one, "messages") for one in listed]
+        tokenizer, prompts = self.tokenizer, []
+        for conversation in conversations:
+            text = render_chat(
+                tokenizer,
+                conversation,
+                template=chat_template,
+                default_template=self._chat.template,
+                change=tokenizer.mark,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                variables=chat_template_kwargs,
+            )
+            prompts.append({"prompt_token_ids": tokenizer.encode_marked(text)})
+        return self.generate(prompts, [self._with_family_stop(one) for one in _one_each(params, len(prompts))], use_tqdm)
 
     def shutdown(self) -> None:
         """Gives memory back; the object cannot be used afterwards."""
         self.engine.shutdown()
 
+    def _with_family_stop(self, params: SamplingParams) -> SamplingParams:
+        if not self._chat.stop or not params.detokenize:
+            return params
+        return params.replace(stop=list(dict.fromkeys([*params.stop_strings, *self._chat.stop])))
+
     def _result(self, prompt: Prompt) -> RequestOutput:
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-        token_ids = None if isinstance(prompt, str) else prompt.get("prompt_token_ids")
+        text, token_ids = prompt if isinstance(prompt, str) else None, None
+        if isinstance(prompt, Mapping):
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if token_ids is None:
-            if text is None:
+            if not isinstance(text, str):
                 raise RequestError("a prompt is a text or {'prompt_token_ids': [...]}", "prompts")
             if self.tokenizer is None:
                 raise RequestError("a text prompt needs a tokenizer; give {'prompt_token_ids': [...]}", "prompts")
             token_ids = self.tokenizer.encode(text)
-        return RequestOutput(str(next(self._prompts)), text, list(token_ids), [])
+        return RequestOutput(str(next(self._prompts)), text, self._token_array(token_ids).tolist(), [])
 
     def _submit(self, result: RequestOutput, index: int, params: SamplingParams) -> tuple[int, _Sequence]:
-        prompt, output = self._token_array(result.prompt_token_ids), CompletionOutput(index)
+        prompt, output = np.asarray(result.prompt_token_ids, np.int32), CompletionOutput(index)
+        if self.tokenizer is None and params.stop_strings:
+            raise RequestError("stop strings need a tokenizer: use stop_token_ids", "stop")
         decoder = None
         if self.tokenizer is not None and params.detokenize:
             from light_core.text.decoder import IncrementalDecoder
@@ -231,20 +277,23 @@ class LLM:
 
     def _token_array(self, token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         try:
-            array = np.asarray(token_ids, dtype=np.int64)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RequestError("prompt_token_ids must be whole numbers", "prompts") from error
-        if array.ndim != 1 or array.size == 0:
+            array = np.asarray(token_ids)
+        except (TypeError, ValueError) as error:  # lists of unequal lengths
+            raise RequestError("prompt_token_ids must be a list of whole numbers", "prompts") from error
+        if array.shape == (0,):
             raise RequestError("a prompt needs at least one token", "prompts")
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise RequestError(f"prompt_token_ids must be a list of whole numbers, got {token_ids!r:.50}", "prompts")
         if array.min() < 0 or array.max() >= self.engine.vocab_size:
             raise RequestError(f"prompt token ids must be from 0 to {self.engine.vocab_size - 1}", "prompts")
         return array.astype(np.int32)
 
-    def _run(self, live: dict[int, _Sequence], use_tqdm: bool) -> None:
+    def _run(self, live: dict[int, _Sequence], use_tqdm: bool, check: Callable[[], None]) -> None:
         from tqdm import tqdm
 
         with tqdm(total=len(live), disable=not use_tqdm, desc="generate", unit="output") as bar:
             while live:
+                check()
                 for update in self.engine.step():
                     sequence = live.get(update.request_id)
                     if sequence is None:
@@ -265,16 +314,91 @@ class LLM:
         sequence.request.num_cached_tokens = max(sequence.request.num_cached_tokens, update.num_cached_tokens)
         hit = None
         if sequence.decoder is not None:
-            shown = update.token_ids[:-1] if update.stop_token is not None else update.token_ids
-            text, hit = sequence.decoder.push(shown)
+            hidden = update.stop_token is not None and not sequence.params.include_stop_str_in_output
+            text, hit = sequence.decoder.push(update.token_ids[:-1] if hidden else update.token_ids)
             output.text += text
+            if hit is None and update.finish_reason is not None:
+                # What was held back may complete a stop string as well.
+                output.text += sequence.decoder.finish()
+                hit = sequence.decoder.stop_hit
         if hit is not None:
-            self.engine.abort(update.request_id)
+            self.engine.abort(update.request_id, "stop")
             output.finish_reason, output.stop_reason = "stop", hit
             return True
-        if update.finish_reason is None:
-            return False
-        if sequence.decoder is not None:
-            output.text += sequence.decoder.finish()
-        output.finish_reason, output.stop_reason = update.finish_reason, update.stop_token
-        return True
+        output.finish_reason, output.stop_reason, output.error = update.finish_reason, update.stop_token, update.error
+        return update.finish_reason is not None
+
+
+def _dtype_name(dtype: object) -> str:
+    """`dtype` as `EngineConfig` has it; torch's own and two short names are understood as well."""
+    name = str(dtype).removeprefix("torch.")
+    return _DTYPE_NAMES.get(name, name)
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} must be a list, got {values!r:.50}", name)
+    return list(values)
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Sampling parameters for each of `count` prompts."""
+    each = [params or SamplingParams()] * count if params is None or isinstance(params, SamplingParams) else _listed(params, "params")
+    if len(each) != count:
+        raise RequestError(f"{count} prompts but {len(each)} sampling parameters", "params")
+    if strange := [one for one in each if not isinstance(one, SamplingParams)]:
+        raise RequestError(f"params must be SamplingParams, got {strange[0]!r:.50}", "params")
+    return each
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Holds Ctrl-C back while a step runs, so that scheduler, device and sampler stay of one mind.
+
+    Yields a function to call between steps: it raises `KeyboardInterrupt` if there was one. A second Ctrl-C is not held
+    back. Does nothing outside the main thread or where the program handles SIGINT in its own way.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: None
+        return
+    interrupted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _WeightsBar:
+    """A bar on the terminal while weights are read; nothing where standard error is none (the engine's log tells)."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> "_WeightsBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, phase: str, share: float) -> None:
+        from tqdm import tqdm
+
+        if phase != "weights":
+            return
+        if self._bar is None:
+            shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            self._bar = tqdm(total=1.0, desc="weights", disable=None, bar_format=shape)
+        self._bar.update(share - self._bar.n)

@@ -48,7 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         logprobs: how many of the likeliest tokens' logprobs to return with each output token; None for none, 0 for the
             chosen token's alone.
         prompt_logprobs: as `logprobs`, for prompt tokens.
-        detokenize: False leaves out the text (and with it `stop`).
+        detokenize: False leaves out the text; `stop` cannot be used then.
         skip_special_tokens: leave special tokens out of the text.
     """
 
@@ -95,7 +95,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: nothing could be sampled", "allowed_token_ids")
         _bias(self.logit_bias)
-        _stop(self.stop_strings)
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r:.50}", name)
+        _stop(self.stop)
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings are looked for in the text, which detokenize=False leaves out: use stop_token_ids", "stop")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -154,9 +159,14 @@ def _bias(value: object) -> None:
         _number("logit_bias", bias, -100.0, 100.0)
 
 
-def _stop(value: list[str]) -> None:
-    if len(value) > MAX_STOP:
-        raise RequestError(f"stop takes at most {MAX_STOP} strings, got {len(value)}", "stop")
-    for text in value:
+def _stop(value: object) -> None:
+    if value is None:
+        return
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)):
+        raise RequestError(f"stop must be a string or a list of strings, got {value!r:.50}", "stop")
+    if len(texts) > MAX_STOP:
+        raise RequestError(f"stop takes at most {MAX_STOP} strings, got {len(texts)}", "stop")
+    for text in texts:
         if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
             raise RequestError(f"stop strings have 1 to {MAX_STOP_CHARS} characters", "stop")

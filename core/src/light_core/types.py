@@ -270,6 +270,8 @@ class Step:
         num_decodes: requests with one token, at the front.
         max_query_len: upper bound of the tokens a request has in this step.
         max_seq_len: upper bound of `seq_lens`; under a CUDA graph the model's limit.
+        prefill_lens: (tokens in this step, tokens in KV after it) of each prefill chunk, on the host, for kernels that
+            choose by length; () where the caller does not say.
         media: what media encoders produced for tokens of this step, by encoder name; None without media.
         shared: what the layers of a family compute once a step and all use, e.g. rotary cosines and sines; empty when
             the step begins.
@@ -287,6 +289,7 @@ class Step:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    prefill_lens: tuple[tuple[int, int], ...] = ()
     media: Mapping[str, Any] | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 

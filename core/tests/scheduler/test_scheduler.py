@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from light_core.engine.requests import EngineRequest, TokenUpdate
+from light_core.engine.requests import STEP_SIZE_BOUNDS, EngineRequest, TokenUpdate
 from light_core.errors import RequestError
 from light_core.sampling_params import SamplingParams
 from light_core.scheduler import Scheduler, StepPlan
@@ -341,6 +341,111 @@ def test_resumed_tokens_keep_the_context_lengths_that_they_had() -> None:
     assert np.array_equal(plan.context_lens[begin:], np.maximum(positions + 1, 10))
 
 
+def test_what_a_preempted_request_finds_of_its_own_is_no_hit() -> None:
+    scheduler = squeezed()
+    run_until_done(scheduler)
+    stats = scheduler.stats()
+    assert stats.preemptions >= 1
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (20, 0)
+
+
+def test_a_prefill_that_is_put_back_finds_its_own_tokens_and_tells_of_none() -> None:
+    scheduler = create(41, max_model_len=40, max_num_batched_tokens=2)
+    for _ in range(100):
+        scheduler.lengths.record(1)
+    scheduler.add(request(0, 10, max_tokens=30))
+    scheduler.add(request(1, 20, max_tokens=1))
+    first: dict[int, TokenUpdate] = {}
+    resumed_at = []
+    while scheduler.num_unfinished:
+        plan = step(scheduler)
+        resumed_at += [int(plan.positions[plan.num_decodes]) for one in plan.admitted if one.request.request_id == 1]
+        for update in commit(scheduler, plan):
+            first.setdefault(update.request_id, update)
+    assert scheduler.stats().preemptions >= 1
+    assert resumed_at[0] == 0 and max(resumed_at) > 0, "it was to be preempted in its prefill, and to find what it had computed"
+    assert first[1].num_cached_tokens == scheduler.stats().prefix_cache_hits == 0
+
+
+# ---------------------------------------------------------------------------------------------- times
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_first_update_tells_the_times_of_queue_and_prefill() -> None:
+    clock = Clock()
+    scheduler = create(max_num_seqs=1, max_num_batched_tokens=4, clock=clock)
+    scheduler.add(request(0, 10, max_tokens=2))
+    clock.now += 1
+    scheduler.add(request(1, 4, max_tokens=2))
+    clock.now += 2
+    times = []
+    while scheduler.num_unfinished:
+        plan = step(scheduler)
+        clock.now += 8
+        times += [(update.request_id, update.queue_s, update.prefill_s) for update in commit(scheduler, plan)]
+    # Request 0 waits for 3 s, prefills in 3 steps and decodes in one; request 1 waits for those 4 and for 2 s before.
+    assert times == [(0, 3.0, 24.0), (0, None, None), (1, 34.0, 8.0), (1, None, None)]
+
+
+def test_times_with_a_step_planned_ahead_end_when_the_host_has_the_token() -> None:
+    clock = Clock()
+    scheduler = create(clock=clock)
+    scheduler.add(request(0))
+    clock.now += 1
+    first = step(scheduler)
+    clock.now += 2
+    second = step(scheduler)
+    clock.now += 4
+    (update,) = commit(scheduler, first)
+    assert (update.queue_s, update.prefill_s) == (1.0, 6.0)
+    (update,) = commit(scheduler, second)
+    assert (update.queue_s, update.prefill_s) == (None, None)
+
+
+def test_a_preemption_does_not_put_a_request_back_in_the_queue() -> None:
+    """The second request is preempted while its first sample is in flight: its times are those of its first admission,
+    and are told once."""
+    clock = Clock()
+    scheduler = create(22, max_model_len=21, clock=clock)
+    for _ in range(100):
+        scheduler.lengths.record(1)
+    scheduler.add(request(0, 10, max_tokens=11))
+    scheduler.add(request(1, 10, max_tokens=2))
+    clock.now += 1
+    flying = [step(scheduler)]
+    told: dict[int, list[tuple[float | None, float | None]]] = {0: [], 1: []}
+    preempted_in_flight = False
+    while scheduler.num_unfinished:
+        clock.now += 2
+        plan = scheduler.plan()
+        if plan is not None:
+            flying.append(plan)
+        preempted_in_flight |= scheduler.stats().preemptions == 1 and not told[1]
+        for update in commit(scheduler, flying.pop(0)):
+            told[update.request_id].append((update.queue_s, update.prefill_s))
+    assert preempted_in_flight
+    assert told[1] == [(1.0, 2.0), (None, None)]
+    assert told[0][0] == (1.0, 2.0) and set(told[0][1:]) == {(None, None)}
+
+
+def test_an_end_before_the_first_token_tells_no_times() -> None:
+    scheduler = create()
+    for index in range(2):
+        scheduler.add(request(index))
+    plan = step(scheduler)
+    aborted = scheduler.abort(0)
+    (failed,) = commit(scheduler, plan, errors={1: "logits are not finite"})
+    for update in (aborted, failed):
+        assert update is not None and (update.queue_s, update.prefill_s) == (None, None)
+
+
 def test_the_cache_is_evicted_before_anybody_is_preempted() -> None:
     scheduler = create(61, max_model_len=60)
     scheduler.add(request(0, 30, max_tokens=20))
@@ -429,6 +534,28 @@ def test_stats_count_what_happened() -> None:
     assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (8, 3)
     stats.finished["length"] = 99
     assert scheduler.stats().finished == {"length": 2}
+
+
+def test_steps_are_counted_by_their_tokens() -> None:
+    scheduler = create(max_num_batched_tokens=64)
+    scheduler.add(request(0, 70, max_tokens=3))  # 64 and 6 tokens of the prompt, then two decodes
+    run_until_done(scheduler)
+    stats = scheduler.stats()
+    assert stats.batched_tokens == 64 + 6 + 1 + 1
+    by_bound = dict(zip((*STEP_SIZE_BOUNDS, None), stats.step_sizes, strict=True))
+    assert {bound: count for bound, count in by_bound.items() if count} == {1: 2, 8: 1, 64: 1}
+    stats.step_sizes[0] = 99
+    assert scheduler.stats().step_sizes[0] == 2
+
+
+def test_a_prompt_that_is_not_looked_up_is_no_query() -> None:
+    for options, params in (({"enable_prefix_caching": False}, {}), ({"max_shared_len": 3}, {}), ({}, {"prompt_logprobs": 0})):
+        scheduler = create(**options)
+        for index in range(2):
+            scheduler.add(request(index, [1, 2, 3, 4], max_tokens=1, **params))
+            run_until_done(scheduler)
+        stats = scheduler.stats()
+        assert (stats.prompt_tokens, stats.prefix_cache_queries, stats.prefix_cache_hits) == (8, 0, 0)
 
 
 def test_a_long_queue_of_aborted_requests_leaves_at_once() -> None:

@@ -26,11 +26,12 @@ from light_core.engine.sampling import STATUS_TEXT, Sampler
 from light_core.engine.weights import fill_dummy, load_weights
 from light_core.kv.layout import bytes_per_token
 from light_core.ops import OpTable
-from light_core.plugins import ModelRuntime, PluginRef, describe_machine
+from light_core.plugins import ModelRuntime, PluginRef, chat_spec, describe_machine
 from light_core.plugins.loading import create_kernel_registry
 from light_core.sampling_params import SamplingParams
 from light_core.scheduler import Scheduler
 from light_core.server.client import ModelCard
+from light_core.types import ChatSpec
 
 __all__ = ["Engine"]
 
@@ -153,11 +154,16 @@ class Engine:
         self.runner.sampler.check(request)
         self.scheduler.add(request)
 
-    def abort(self, request_id: int) -> None:
-        """Drops a request, whatever it is doing; its memory is free at once. Unknown ones are ignored."""
+    def abort(self, request_id: int, finish_reason: str = "abort") -> None:
+        """Ends a request, whatever it is doing; its memory is free at once. Unknown ones are ignored.
+
+        Args:
+            request_id: whose.
+            finish_reason: what it counts as in `stats`: "abort", or "stop" where its text has a stop string.
+        """
         self._prompt_logprobs.pop(request_id, None)
         self._prompt_told.discard(request_id)
-        self.scheduler.abort(request_id)
+        self.scheduler.abort(request_id, finish_reason)
 
     def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         """Token ids that end an output with `params`: end of sequence unless ignored, and the request's own."""
@@ -171,13 +177,33 @@ class Engine:
     # ------------------------------------------------------------------------------------ the step
 
     def step(self) -> list[TokenUpdate]:
-        """Launches the next step, if there is one, and returns the tokens of the oldest that is due."""
-        plan = self.scheduler.plan()
-        if plan is not None:
-            self._launched.append(self.runner.launch(plan))
-        if len(self._launched) > self._depth or (plan is None and self._launched):
-            return self._finish(self._launched.popleft())
-        return []
+        """Launches the next step, if there is one, and returns the tokens of the oldest that is due.
+
+        Raises:
+            Exception: whatever the model raised. Every request has ended then, and new ones can be added.
+        """
+        try:
+            plan, refused = self.scheduler.plan(), []
+            if plan is not None:
+                launched = self.runner.launch(plan)
+                self._launched.append(launched)
+                refused = [self._refuse(request_id, reason) for request_id, reason in launched.refused.items()]
+            if len(self._launched) > self._depth or (plan is None and self._launched):
+                return refused + self._finish(self._launched.popleft())
+            return refused
+        except BaseException:
+            self._launched.clear()
+            self._prompt_logprobs.clear()
+            self._prompt_told.clear()
+            self.scheduler.fail()
+            raise
+
+    def _refuse(self, request_id: int, reason: str) -> TokenUpdate:
+        """Ends a request that the sampler had no memory for."""
+        update = self.scheduler.abort(request_id, "error")
+        assert update is not None, "a request that has just been planned is live"
+        update.error = reason
+        return update
 
     def drain(self) -> None:
         """Finishes the steps that are under way; their tokens belong to nobody any more."""
@@ -187,8 +213,9 @@ class Engine:
     def _finish(self, launched: Launched) -> list[TokenUpdate]:
         plan = launched.plan
         for index, wanted in enumerate(plan.prompt_logprobs):
-            records = self._prompt_logprobs.setdefault(wanted.request.request_id, [None])
-            records += launched.prompt_records(index)
+            request_id = wanted.request.request_id
+            if self.scheduler.is_live(request_id):  # else it was aborted meanwhile, and nobody would collect them
+                self._prompt_logprobs.setdefault(request_id, [None]).extend(launched.prompt_records(index))
         if launched.sampled is None:
             return self.scheduler.commit(plan, NO_TOKENS)
         sampled = launched.sampled.result()
@@ -220,13 +247,10 @@ class Engine:
         """Where configuration and tokenizer are."""
         return self.resolved.files.folder
 
-    @property
-    def chat_template(self) -> str | None:
-        """The family's own chat template, where it has one."""
-        from light_core.plugins import chat_spec
-
+    def chat_spec(self) -> ChatSpec:
+        """What the family says about conversations. Calls a hook."""
         resolved = self.resolved
-        return chat_spec(resolved.plugins, family=resolved.family, config=resolved.files.config, limits=resolved.limits).template
+        return chat_spec(resolved.plugins, family=resolved.family, config=resolved.files.config, limits=resolved.limits)
 
     @property
     def card(self) -> ModelCard:
@@ -248,9 +272,11 @@ class Engine:
         return self.scheduler.stats()
 
     def shutdown(self) -> None:
-        """Gives the device's memory back."""
+        """Gives the device's memory back, that of the weights included."""
         self.drain()
         self.runner.close()
+        for module in self.runtime.modules.values():
+            module.to("meta")
         if self.resolved.device.startswith("cuda"):
             torch.cuda.empty_cache()
 

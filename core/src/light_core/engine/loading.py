@@ -37,6 +37,7 @@ class Resolved:
         device: "cpu" or "cuda:0".
         dtype: of parameters and activations.
         limits: bounds of a request and of a step.
+        quantization: weight format, or None for plain weights.
     """
 
     plugins: LoadedPlugins
@@ -45,6 +46,7 @@ class Resolved:
     device: str
     dtype: str
     limits: Limits
+    quantization: str | None = None
 
 
 def resolve_device(asked: str) -> str:
@@ -81,17 +83,25 @@ def resolve_model(config: EngineConfig, refs: Sequence[PluginRef] | None = None)
     folder = resolve_folder(config.model, config.revision, shipped, weights=config.load_format != "dummy")
     files = read_config(folder, config.hf_overrides)
     family = resolve_family(files.architectures, plugins)
-    if quantization := files.raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        if method not in family.quantization:
-            raise ModelError(
-                f"the weights are quantised ({method})",
-                f"family {family.name!r} loads {', '.join(family.quantization) or 'plain weights only'}",
-                "use a checkpoint in bfloat16 or float16",
-            )
+    quantization = _quantization(files, family)
     device = resolve_device(config.device)
     limits = _limits(config, resolve_max_model_len(files, config.max_model_len), device)
-    return Resolved(plugins, files, family, device, resolve_dtype(files, config.dtype, device), limits)
+    return Resolved(plugins, files, family, device, resolve_dtype(files, config.dtype, device), limits, quantization)
+
+
+def _quantization(files: ModelFiles, family: Family) -> str | None:
+    """The weight format that config.json names. Raises `ModelError` if the family does not load it."""
+    named = files.raw.get("quantization_config")
+    if not named:
+        return None
+    method = str(named.get("quant_method", "unknown") if isinstance(named, dict) else "unknown")
+    if method not in family.quantization:
+        raise ModelError(
+            f"the weights are quantised ({method})",
+            f"family {family.name!r} loads {', '.join(family.quantization) or 'plain weights only'}",
+            "use a checkpoint in bfloat16 or float16",
+        )
+    return method
 
 
 def _limits(config: EngineConfig, max_model_len: int, device: str) -> Limits:
@@ -111,6 +121,7 @@ def bind_model(resolved: Resolved, config: EngineConfig, device: str | None = No
         dtype=resolved.dtype,
         device=device or resolved.device,
         limits=resolved.limits,
+        quantization=resolved.quantization,
         folder=str(resolved.files.folder),
         machine=describe_machine(resolved.device),
         kernels=config.kernels,

@@ -16,6 +16,8 @@ from light_core.errors import ConfigError, ModelError
 __all__ = ["ModelFiles", "max_positions", "read_config", "resolve_dtype", "resolve_folder", "resolve_max_model_len"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Mistral's repositories hold the weights twice, the second time under names of their own.
+NOT_FETCHED = ["consolidated*", "original/*"]
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 TEXT_ONLY = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,7 +78,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
 
     patterns = FETCHED if weights else TEXT_ONLY
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
     except hub.GatedRepoError as error:
         raise ModelError(
             f"{model} is gated",
@@ -124,14 +126,17 @@ def _config_object(raw: dict[str, Any], path: Path) -> Any:
     from transformers import PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = str(raw.get("model_type"))
+    model_type = str(raw.get("model_type") or "")
     # Not .get(): this mapping loads its entries in __getitem__ alone.
-    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
+    if model_type in CONFIG_MAPPING:
+        kind = CONFIG_MAPPING[model_type]
+    else:  # a class of that type, as transformers warns of a configuration whose type is not its class's
+        kind = type("UnknownConfig", (PretrainedConfig,), {"model_type": model_type})
     try:
         return kind.from_dict(dict(raw))
     except Exception as error:  # whatever transformers' validation raises is a fault of this file
         raise ModelError(
-            f"{path} is not a valid {model_type or 'model'} configuration", str(error).splitlines()[0][:200], "check its values"
+            f"{path} is not a valid {model_type or 'model'} configuration", " ".join(str(error).split())[:200], "check its values"
         ) from error
 
 

@@ -7,9 +7,11 @@ import numpy.typing as npt
 
 from light_core.sampling_params import SamplingParams
 
-__all__ = ["FINISH_REASONS", "EngineRequest", "EngineStats", "TokenLogprobs", "TokenUpdate"]
+__all__ = ["FINISH_REASONS", "STEP_SIZE_BOUNDS", "EngineRequest", "EngineStats", "TokenLogprobs", "TokenUpdate"]
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
+STEP_SIZE_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the classes in which steps are counted by their tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +63,8 @@ class TokenUpdate:
         stop_token: the token id that ended it, where a token did.
         num_cached_tokens: prompt tokens that came from the prefix cache; with the first update, else 0.
         error: what went wrong, with `finish_reason` "error".
+        queue_s: from `add` to the step that first had the request; with the first update that has a token, else None.
+        prefill_s: from there to the first token, preemptions included; with `queue_s`.
     """
 
     request_id: int
@@ -71,6 +75,8 @@ class TokenUpdate:
     stop_token: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -80,8 +86,11 @@ class EngineStats:
     Attributes:
         num_requests_running, num_requests_waiting: now.
         kv_slots_total, kv_slots_used: of the pool; slots that only the prefix cache holds count as free.
-        prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found, in total.
+        prefix_cache_queries, prefix_cache_hits: prompt tokens looked up and found, in total; each prompt once, with its
+            first token, so that what a preempted request finds of its own is no hit.
         prompt_tokens, generation_tokens, preemptions, steps: in total.
+        batched_tokens: that steps have computed, in total.
+        step_sizes: how many steps had so many tokens: those up to each of `STEP_SIZE_BOUNDS`, then those beyond.
         finished: finish reason to how many requests.
     """
 
@@ -96,3 +105,5 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     finished: dict[str, int] = field(default_factory=dict)
+    batched_tokens: int = 0
+    step_sizes: list[int] = field(default_factory=lambda: [0] * (len(STEP_SIZE_BOUNDS) + 1))

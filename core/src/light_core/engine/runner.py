@@ -16,6 +16,7 @@ from light_core.engine.graphs import DecodeGraphs, batch_sizes
 from light_core.engine.requests import TokenLogprobs
 from light_core.engine.sampling import PendingLogprobs, Sampled, Sampler
 from light_core.engine.staging import Staging
+from light_core.errors import OverloadedError
 from light_core.kv.layout import allocate
 from light_core.plugins import ModelRuntime
 from light_core.scheduler.plan import StepPlan
@@ -34,11 +35,14 @@ class Launched:
         plan: what runs.
         sampled: its sampled tokens, once the device has them; None if the step samples nothing.
         prompt_logprobs: for each entry of `plan.prompt_logprobs`, the pieces of its positions, in order.
+        refused: request ids that the sampler had no memory for, and why. They run in this step to no effect and are to
+            be ended.
     """
 
     plan: StepPlan
     sampled: Sampled | None
     prompt_logprobs: list[list[PendingLogprobs]]
+    refused: dict[int, str]
 
     def prompt_records(self, index: int) -> list[TokenLogprobs]:
         """Logprobs of entry `index` of `plan.prompt_logprobs`. Waits for the device."""
@@ -191,8 +195,12 @@ class ModelRunner:
         """Enqueues `plan`; returns at once on a GPU, when it has run on a CPU."""
         for row in plan.released_rows:
             self.sampler.release(row)
+        refused = {}
         for admitted in plan.admitted:
-            self.sampler.admit(admitted.row, admitted.request, admitted.output_ids)
+            try:
+                self.sampler.admit(admitted.row, admitted.request, admitted.output_ids)
+            except OverloadedError as error:
+                refused[admitted.request.request_id] = str(error)
         num_sampled = len(plan.sampled)
         prepared = self.sampler.prepare(plan.sample_request_rows, plan.num_output_tokens) if num_sampled else None
         size = self._graphs.padded(plan.num_decodes) if self._graphs and plan.num_decodes == plan.num_tokens else None
@@ -209,7 +217,7 @@ class ModelRunner:
         sampled = self.sampler.sample(logits, prepared) if prepared is not None else None
         if sampled is not None:
             sampled.to_host()
-        return Launched(plan, sampled, prompt)
+        return Launched(plan, sampled, prompt, refused)
 
     def _update_table(self, plan: StepPlan) -> None:
         if len(plan.table_rows) == 0:
@@ -237,6 +245,8 @@ class ModelRunner:
             max_query_len=int(plan.query_lens.max()),
             max_seq_len=int(plan.seq_lens.max()),
         )
+        prefills = slice(plan.num_decodes, None)
+        step.prefill_lens = tuple(zip(plan.query_lens[prefills].tolist(), plan.seq_lens[prefills].tolist()))
         if plan.num_decodes:
             step.token_ids[: plan.num_decodes] = self.sampler.last_tokens[step.rows[: plan.num_decodes].long()]
         return step

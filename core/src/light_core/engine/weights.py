@@ -9,9 +9,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from light_core.errors import CheckpointError
@@ -20,6 +21,7 @@ from light_core.types import Placement, Shard, WeightPlan
 __all__ = ["check_names", "checkpoint_files", "fill_dummy", "load_weights", "named_parameters", "tie"]
 
 Progress = Callable[[float], None]
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REFUSED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LISTED = 8
@@ -128,7 +130,7 @@ def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint, those of its index where it has one.
+    """The safetensors files of a checkpoint: those of its index where it has one, `model.safetensors`, or all there are.
 
     Raises:
         CheckpointError: none, a missing shard, or only formats that hold pickled objects.
@@ -136,7 +138,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _indexed(index)
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise CheckpointError(f"{index} points outside its folder", outside[0], "get the checkpoint from a source that you trust")
@@ -144,7 +146,8 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} weight files", _listed(missing), "download the rest")
         return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
+    # Another file beside it has the same weights in another layout ("consolidated.safetensors").
+    files = [folder / WHOLE] if (folder / WHOLE).is_file() else sorted(folder.glob("*.safetensors"))
     if files:
         return files
     pickled = sorted(file.name for pattern in REFUSED for file in folder.glob(pattern))
@@ -159,8 +162,31 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     )
 
 
+def _indexed(index: Path) -> list[str]:
+    """Names of the files that `index` lists."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read", f"{type(error).__name__}: {error}", "download it again") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index} is not an index", "its weight_map does not name files", "download it again")
+    return sorted(names)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors",
+            f"{error} ({size} bytes)",
+            "download it again; a file of a few hundred bytes is a pointer that git-lfs has yet to replace",
+        ) from error
+
+
 def _load_file(file: Path, target: "_Target", shard: Shard) -> Iterator[tuple[str, int]]:
-    with safe_open(file, framework="pt", device="cpu") as reader:
+    with _open(file) as reader:
         for name in reader.offset_keys():
             placements = target.take(name, file)
             if not placements:

@@ -78,6 +78,8 @@ def _joined(first: Delta, second: Delta) -> Delta:
         stop_reason=second.stop_reason,
         num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
         error=second.error,
+        queue_s=first.queue_s if first.queue_s is not None else second.queue_s,
+        prefill_s=first.prefill_s if first.prefill_s is not None else second.prefill_s,
     )
 
 
@@ -325,6 +327,8 @@ class RemoteEngine:
                 stop_reason=update.stop_reason,
                 num_cached_tokens=update.num_cached_tokens,
                 error=update.error,
+                queue_s=update.queue_s,
+                prefill_s=update.prefill_s,
             )
         )
         if update.finish_reason is not None:

@@ -117,6 +117,7 @@ class DetokenizerLoop:
         update = TextUpdate(progress.slot, progress.generation, text, start, output.num_tokens, False, finish_reason, stop_reason)
         update.num_cached_tokens, update.logprobs, update.prompt_logprobs = progress.num_cached_tokens, logprobs, progress.prompt_logprobs
         update.error, update.param = progress.error, progress.param
+        update.queue_s, update.prefill_s = progress.queue_s, progress.prefill_s
         if hit is not None:
             update.finish_reason, update.stop_reason, output.stopped = "stop", hit, True
             if finish_reason is None:
@@ -142,6 +143,8 @@ class DetokenizerLoop:
             new.prompt_logprobs = new.prompt_logprobs or old.prompt_logprobs
             if old.logprobs is not None:
                 new.logprobs = old.logprobs + (new.logprobs or [])
+            if old.prefill_s is not None:
+                new.queue_s, new.prefill_s = old.queue_s, old.prefill_s
         self._texts[new.slot, new.generation] = new
 
     def _flush(self) -> None:

@@ -107,6 +107,8 @@ class _Outbox:
             new.prompt_logprobs = new.prompt_logprobs or old.prompt_logprobs
             if old.logprobs is not None:
                 new.logprobs = old.logprobs + (new.logprobs or [])
+            if old.prefill_s is not None:
+                new.queue_s, new.prefill_s = old.queue_s, old.prefill_s
         self._updates[key] = new
 
     def flush(self) -> None:
@@ -206,6 +208,9 @@ class EngineLoop:
                 update.logprobs,
                 update.prompt_logprobs,
                 update.error,
+                None,
+                update.queue_s,
+                update.prefill_s,
             )
         )
 

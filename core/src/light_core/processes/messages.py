@@ -114,6 +114,7 @@ class Progress(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=
         finish_reason: with the last one, else None. After it the engine does not touch the slot.
         stop_token: the token id that ended it, where one did.
         param: with an error of the request's making: the request field at fault, "" if none is named.
+        queue_s, prefill_s: with the first token, see `TokenUpdate`.
     """
 
     slot: Count
@@ -126,6 +127,8 @@ class Progress(msgspec.Struct, array_like=True, forbid_unknown_fields=True, tag=
     prompt_logprobs: PromptLogprobs = None
     error: str | None = None
     param: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 class StepUpdate(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="step"):
@@ -146,6 +149,7 @@ class TextUpdate(msgspec.Struct, array_like=True, forbid_unknown_fields=True, ta
     Attributes:
         start, num_tokens: which output tokens of the shared request are new: `start` to `num_tokens` - 1.
         closed: no other process touches the slot any more; http may release it. Comes with or after the end.
+        queue_s, prefill_s: with the first token, see `TokenUpdate`.
     """
 
     slot: Count
@@ -161,6 +165,8 @@ class TextUpdate(msgspec.Struct, array_like=True, forbid_unknown_fields=True, ta
     prompt_logprobs: PromptLogprobs = None
     error: str | None = None
     param: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 class TextUpdates(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="texts"):

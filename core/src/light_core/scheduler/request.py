@@ -27,6 +27,8 @@ class ScheduledRequest:
         num_prompt_logprobs: prompt tokens whose successors' logprobs have been planned.
         node: end of its path in the prefix tree, locked while it has a row; None without prefix cache.
         finish_reason: set when it has ended.
+        added_s: when it came, by the scheduler's clock.
+        scheduled_s: when it was first admitted, by the same; None until then.
     """
 
     request: EngineRequest
@@ -39,6 +41,8 @@ class ScheduledRequest:
     num_prompt_logprobs: int = 0
     node: Node | None = None
     finish_reason: str | None = None
+    added_s: float = 0.0
+    scheduled_s: float | None = None
 
     @property
     def wants_prompt_logprobs(self) -> bool:

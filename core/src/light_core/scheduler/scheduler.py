@@ -9,13 +9,15 @@ Order of life: add → waiting → admitted (a row, a locked prefix) → prefill
 leads back to the head of waiting. Not here: the device, sampling, text. Caller: the engine, from one thread.
 """
 
+import time
+from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from light_core.engine.requests import EngineRequest, EngineStats, TokenUpdate
+from light_core.engine.requests import STEP_SIZE_BOUNDS, EngineRequest, EngineStats, TokenUpdate
 from light_core.errors import RequestError
 from light_core.kv.pool import SlotPool
 from light_core.kv.radix import RadixCache
@@ -38,6 +40,7 @@ class Scheduler:
         max_model_len: prompt and output of a request.
         enable_prefix_caching: keep KV in a radix tree and share it.
         max_shared_len: `KVLayout.max_shared_len`.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -49,11 +52,13 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         max_shared_len: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Every running request must be able to have a token in every step.
         num_rows = min(max_num_seqs, max_num_batched_tokens)
         self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
         self.max_shared_len = max_model_len if max_shared_len is None else max_shared_len
+        self._clock = clock
         self.pool = SlotPool(num_slots)
         self.tree = RadixCache(num_rows) if enable_prefix_caching else None
         self.rows = Rows(num_rows, max_model_len)
@@ -87,7 +92,7 @@ class Scheduler:
         if request.request_id in self._live:
             raise RequestError(f"request id {request.request_id} is in use", "request_id")
         max_tokens = max_output_len(request, self.max_model_len, self.pool.capacity)
-        record = ScheduledRequest(request, self._next_arrival, max_tokens)
+        record = ScheduledRequest(request, self._next_arrival, max_tokens, added_s=self._clock())
         self._next_arrival += 1
         self._live[request.request_id] = self._waiting[request.request_id] = record
 
@@ -107,10 +112,28 @@ class Scheduler:
         self._finish(record, finish_reason)
         return TokenUpdate(request_id, [], finish_reason=finish_reason)
 
+    def fail(self) -> None:
+        """Ends every request with "error" and forgets the plans in flight: a step did not run to its end.
+
+        The prefix cache is emptied, because KV that was planned into it may not have been written.
+        """
+        self._in_flight.clear()
+        self._admitted.clear()
+        for record in list(self._live.values()):
+            self._finish(record, "error")
+        if self.tree is not None:
+            self.pool.free(self.tree.reset())
+        # What the lost plans had to tell the runner: it may not know yet that a row is free.
+        self._released_rows = list(range(len(self._records)))
+
     @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._live)
+
+    def is_live(self, request_id: int) -> bool:
+        """Whether that request waits or runs."""
+        return request_id in self._live
 
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment; a copy."""
@@ -127,6 +150,8 @@ class Scheduler:
             preemptions=stats.preemptions,
             steps=stats.steps,
             finished=dict(stats.finished),
+            batched_tokens=stats.batched_tokens,
+            step_sizes=stats.step_sizes.copy(),
         )
 
     # ------------------------------------------------------------------------------------ planning
@@ -145,6 +170,8 @@ class Scheduler:
         plan.admitted, self._admitted = self._admitted, []
         self._in_flight.append(plan)
         self._stats.steps += 1
+        self._stats.batched_tokens += plan.num_tokens
+        self._stats.step_sizes[bisect_left(STEP_SIZE_BOUNDS, plan.num_tokens)] += 1
         return plan
 
     def _plan_decodes(self) -> npt.NDArray[np.int64]:
@@ -238,10 +265,8 @@ class Scheduler:
         self._records[row] = record
         self._prefilling = record
         self._admitted.append(Admitted(record.request, row, list(record.outputs)))
-        self._stats.prefix_cache_queries += len(known)
-        self._stats.prefix_cache_hits += len(cached)
-        if not record.outputs:
-            record.num_cached_tokens = len(cached)
+        if record.scheduled_s is None:  # what it finds after a preemption may be its own
+            record.scheduled_s, record.num_cached_tokens = self._clock(), len(cached)
 
     def _match_first(self, record: ScheduledRequest, known: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Locks the cached prefix of a candidate in its row; returns the prefix's slots."""
@@ -269,7 +294,6 @@ class Scheduler:
         record.node = node
         rows.slots[row, start : start + length] = slots
         rows.tree_len[row] = rows.computed[row] = start + length
-        self._stats.prefix_cache_hits += length
         if not record.outputs:
             record.num_cached_tokens += length
 
@@ -438,8 +462,15 @@ class Scheduler:
 
     def _note_first(self, record: ScheduledRequest, update: TokenUpdate) -> None:
         """Adds what goes with the first output token."""
+        assert record.scheduled_s is not None
         update.num_cached_tokens = record.num_cached_tokens
-        self._stats.prompt_tokens += len(record.request.prompt)
+        update.queue_s = record.scheduled_s - record.added_s
+        update.prefill_s = self._clock() - record.scheduled_s
+        stats, prompt_len = self._stats, len(record.request.prompt)
+        stats.prompt_tokens += prompt_len
+        if self._is_sharing(record) and not record.wants_prompt_logprobs:
+            stats.prefix_cache_queries += prompt_len
+            stats.prefix_cache_hits += record.num_cached_tokens
 
     def _end_if_due(self, record: ScheduledRequest, update: TokenUpdate, generated: int) -> None:
         """Ends a request whose newest token is a stop token, or its last."""

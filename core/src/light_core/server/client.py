@@ -54,6 +54,8 @@ class Delta:
         stop_reason: the stop string or stop token id that ended it.
         num_cached_tokens: prompt tokens served from the prefix cache; with the first delta.
         error: what went wrong, with finish_reason "error".
+        queue_s, prefill_s: how long the output waited for its first step, and from there for its first token, by the
+            engine's clock; with the delta that has the first token, else None.
     """
 
     index: int
@@ -65,6 +67,8 @@ class Delta:
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 class EngineClient(Protocol):

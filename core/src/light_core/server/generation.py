@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from light_core.errors import LightError
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["Generation"]
 
 _MAX_BUFFERED = 256
+
+
+@dataclass(slots=True)
+class _Timing:
+    """Of one output: its first and newest tokens by this process's clock, 0 before there are any, and the intervals that
+    the engine measured by its own."""
+
+    first: float = 0.0
+    last: float = 0.0
+    queue_s: float | None = None
+    prefill_s: float | None = None
 
 
 class Generation:
@@ -58,6 +70,7 @@ class Generation:
         self.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self.completion_tokens = self.cached_tokens = 0
         self.tokens_of = [0] * self.num_choices
+        self._num_open = [params.n] * len(prompts)
 
     def prompt_of(self, choice: int) -> TextPrompt:
         """The prompt of a choice."""
@@ -80,31 +93,41 @@ class Generation:
             LightError: as `EngineClient.generate`.
         """
         metrics = self._context.metrics
-        last = [0.0] * self.num_choices
-        for prompt, params in zip(self.prompts, self.params):
-            metrics.prompt_tokens.observe(len(prompt.token_ids))
-            metrics.max_tokens.observe(params.max_tokens or 0)
-            metrics.num_outputs.observe(params.n)
+        timings = [_Timing() for _ in range(self.num_choices)]
         async with aclosing(self._source()) as source:
             async for position, delta in source:
                 choice = position * self.n + delta.index
-                now = time.monotonic()
+                now, timing = time.monotonic(), timings[choice]
                 if count := len(delta.token_ids):
                     self.completion_tokens += count
                     self.tokens_of[choice] += count
-                    before = last[choice]
-                    if before:
-                        metrics.inter_token.observe(now - before)
+                    if timing.last:
+                        metrics.inter_token.observe(now - timing.last)
                     else:
                         metrics.first_token.observe(now - self._started)
-                    last[choice] = now
+                        timing.first, timing.queue_s, timing.prefill_s = now, delta.queue_s, delta.prefill_s
+                    timing.last = now
                 if delta.num_cached_tokens:
                     self.cached_tokens += delta.num_cached_tokens
                 if delta.finish_reason is not None:
                     metrics.whole.observe(now - self._started)
-                    metrics.generation_tokens.observe(self.tokens_of[choice])
+                    self._observe_end(choice, timing)
                     _check_end(delta)
                 yield choice, delta
+
+    def _observe_end(self, choice: int, timing: _Timing) -> None:
+        """Counts an output that has ended; with the last one of a prompt, what is counted once a prompt."""
+        metrics = self._context.metrics
+        position, count = choice // self.n, self.tokens_of[choice]
+        metrics.prompt_tokens.observe(len(self.prompts[position].token_ids))
+        metrics.generation_tokens.observe(count)
+        metrics.max_tokens.observe(self.params[position].max_tokens or 0)
+        if timing.queue_s is not None and timing.prefill_s is not None:
+            metrics.observe_phases(timing.queue_s, timing.prefill_s, timing.last - timing.first, count)
+        self._num_open[position] -= 1
+        if not self._num_open[position]:
+            metrics.num_outputs.observe(self.n)
+            metrics.longest.observe(max(self.tokens_of[position * self.n : (position + 1) * self.n]))
 
     def _source(self) -> AsyncGenerator[tuple[int, Delta], None]:
         streams = [

@@ -1,22 +1,29 @@
 """Prometheus metrics of one server process: vLLM's names and meanings, so that dashboards and gateways work unchanged.
 
-Engine figures are read when scraped. Latencies are measured here, on one monotonic clock; everything runs on the event
-loop, so nothing is locked.
+Engine figures are read when scraped. Every interval is between two readings of one process's monotonic clock: of the
+queue and of the prefill the engine's, of the rest this one's. Everything runs on the event loop, so nothing is locked.
+
+    e2e        arrival of the request here                                              last token here
+    queue           added to the engine ── first step
+    prefill                                first step ── first token
+    decode                                               first token here ──────────── last token here
+    inference                              prefill and decode, added up
+
+As in vLLM, what is of an output (each of the n of a request) is counted at its end: those that are refused, or whose
+client leaves, are not in these histograms.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from light_core.engine.requests import FINISH_REASONS, STEP_SIZE_BOUNDS, EngineStats
 from light_core.server.client import EngineClient, EngineState
-
-if TYPE_CHECKING:
-    from light_core.engine.requests import EngineStats
 
 __all__ = ["Histogram", "ServerMetrics"]
 
@@ -46,6 +53,7 @@ _TOKEN_SECONDS = (
 )
 _FIRST_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _REQUEST_SECONDS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_PHASE_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, *_REQUEST_SECONDS)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000)
 
 
@@ -66,12 +74,14 @@ class Histogram:
     def collect(self, label: str, value: str) -> Metric:
         """The cumulative buckets, as Prometheus has them."""
         family = HistogramMetricFamily(self.name, self.documentation, labels=[label])
-        total, buckets = 0, []
-        for bound, count in zip((*map(str, map(float, self._bounds)), "+Inf"), self._counts):
-            total += count
-            buckets.append((bound, total))
-        family.add_metric([value], buckets, sum_value=self._sum)
+        family.add_metric([value], _cumulative(self._bounds, self._counts), sum_value=self._sum)
         return family
+
+
+def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Buckets of a histogram from the counts of its classes; the last of those has no bound."""
+    names = (*(str(float(bound)) for bound in bounds), "+Inf")
+    return list(zip(names, accumulate(counts), strict=True))
 
 
 class ServerMetrics(Collector):
@@ -92,10 +102,22 @@ class ServerMetrics(Collector):
         self.whole = Histogram(
             "vllm:e2e_request_latency_seconds", "From the arrival of a request to the end of an output.", _REQUEST_SECONDS
         )
-        self.prompt_tokens = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._queue = Histogram("vllm:request_queue_time_seconds", "From the engine's queue to the first step.", _PHASE_SECONDS)
+        self._prefill = Histogram("vllm:request_prefill_time_seconds", "From the first step to the first token.", _PHASE_SECONDS)
+        self._decode = Histogram(
+            "vllm:request_decode_time_seconds", "From the first token of an output to its last, as the server has them.", _PHASE_SECONDS
+        )
+        self._inference = Histogram("vllm:request_inference_time_seconds", "Prefill and decode of an output.", _PHASE_SECONDS)
+        self._token_mean = Histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Decode time by tokens after the first, of outputs with two or more.",
+            _TOKEN_SECONDS,
+        )
+        self.prompt_tokens = Histogram("vllm:request_prompt_tokens", "Prompt tokens of an output.", _TOKENS)
         self.generation_tokens = Histogram("vllm:request_generation_tokens", "Tokens of an output.", _TOKENS)
-        self.max_tokens = Histogram("vllm:request_params_max_tokens", "Output tokens that a request allows.", _TOKENS)
-        self.num_outputs = Histogram("vllm:request_params_n", "Outputs that a request asks for.", (1, 2, 5, 10, 20))
+        self.longest = Histogram("vllm:request_max_num_generation_tokens", "Tokens of the longest output of a prompt.", _TOKENS)
+        self.max_tokens = Histogram("vllm:request_params_max_tokens", "Tokens that an output may have.", _TOKENS)
+        self.num_outputs = Histogram("vllm:request_params_n", "Outputs that are asked for of a prompt.", (1, 2, 5, 10, 20))
         self.http_responses: dict[int, int] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -109,6 +131,15 @@ class ServerMetrics(Collector):
         """Counts an answer by its status."""
         self.http_responses[status] = self.http_responses.get(status, 0) + 1
 
+    def observe_phases(self, queue_s: float, prefill_s: float, decode_s: float, num_tokens: int) -> None:
+        """Counts the times of an output that has ended with `num_tokens` tokens, one at least."""
+        self._queue.observe(queue_s)
+        self._prefill.observe(prefill_s)
+        self._decode.observe(decode_s)
+        self._inference.observe(prefill_s + decode_s)
+        if num_tokens > 1:
+            self._token_mean.observe(decode_s / (num_tokens - 1))
+
     def collect(self) -> Iterator[Metric]:
         """Every family; called by the registry at a scrape."""
         yield from self._engine(self._client.stats())
@@ -116,8 +147,14 @@ class ServerMetrics(Collector):
             self.first_token,
             self.inter_token,
             self.whole,
+            self._queue,
+            self._prefill,
+            self._decode,
+            self._inference,
+            self._token_mean,
             self.prompt_tokens,
             self.generation_tokens,
+            self.longest,
             self.max_tokens,
             self.num_outputs,
         )
@@ -129,7 +166,7 @@ class ServerMetrics(Collector):
         yield responses
         yield from self._info()
 
-    def _engine(self, stats: "EngineStats") -> Iterator[Metric]:
+    def _engine(self, stats: EngineStats) -> Iterator[Metric]:
         used = stats.kv_slots_used / stats.kv_slots_total if stats.kv_slots_total else 0.0
         yield self._gauge("vllm:num_requests_running", "Requests that run now.", stats.num_requests_running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait now.", stats.num_requests_waiting)
@@ -140,8 +177,11 @@ class ServerMetrics(Collector):
         yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield self._counter("light:engine_steps", "Forward passes.", stats.steps)
+        sizes = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens that a step computes.", labels=["model_name"])
+        sizes.add_metric([self._model], _cumulative(STEP_SIZE_BOUNDS, stats.step_sizes), sum_value=stats.batched_tokens)
+        yield sizes
         success = CounterMetricFamily("vllm:request_success", "Finished requests by reason.", labels=["model_name", "finished_reason"])
-        for reason, count in sorted({"stop": 0, "length": 0, "abort": 0, **stats.finished}.items()):
+        for reason, count in sorted({**dict.fromkeys(FINISH_REASONS, 0), **stats.finished}.items()):
             success.add_metric([self._model, reason], count)
         yield success
         yield self._labelled("vllm:cache_config_info", "The KV pool.", {"block_size": "1", "num_gpu_blocks": str(stats.kv_slots_total)})

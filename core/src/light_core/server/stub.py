@@ -7,7 +7,7 @@ by default the prompt's tokens, over and over.
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +49,7 @@ class StubEngine:
         tokenizer: for texts and stop strings; None gives token ids alone.
         script: what it says.
         step_s: time of a step; 0 steps as fast as the event loop turns.
+        queue_s: what it says of every output's time in the queue; of its prefill it says `step_s`.
         max_running: further requests are refused with `OverloadedError`.
         max_model_len, vocab_size, plugin, info: of the model card.
 
@@ -65,6 +66,7 @@ class StubEngine:
         script: Script = echo,
         *,
         step_s: float = 0.0,
+        queue_s: float = 0.0,
         max_running: int = 100_000,
         max_model_len: int = 4096,
         vocab_size: int | None = None,
@@ -72,7 +74,7 @@ class StubEngine:
         info: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._texts = Detokenizer(tokenizer) if tokenizer else None
-        self._script, self._step_s, self._max_running = script, step_s, max_running
+        self._script, self._step_s, self._queue_s, self._max_running = script, step_s, queue_s, max_running
         size = vocab_size if vocab_size is not None else tokenizer.vocab_size if tokenizer else 32_000
         self._card = ModelCard(max_model_len, size, plugin, info)
         self.state = EngineState.READY
@@ -119,7 +121,7 @@ class StubEngine:
                 if isinstance(delta, BaseException):
                     raise delta
                 if scores is not None and delta.index == 0:
-                    delta = Delta(delta.index, delta.text, delta.token_ids, delta.logprobs, scores, delta.finish_reason, delta.stop_reason)
+                    delta = replace(delta, prompt_logprobs=scores)
                     scores = None
                 open_outputs -= delta.finish_reason is not None
                 yield delta
@@ -167,7 +169,10 @@ class StubEngine:
             del self._running[output]
             self._count(reason)
             text += output.decoder.finish() if output.decoder else ""
-        output.queue.put_nowait(Delta(output.index, text, token_ids, logprobs, finish_reason=reason, stop_reason=stop))
+        delta = Delta(output.index, text, token_ids, logprobs, finish_reason=reason, stop_reason=stop)
+        if token_ids and output.position == 1:
+            delta = replace(delta, queue_s=self._queue_s, prefill_s=self._step_s)
+        output.queue.put_nowait(delta)
 
     def _decoder(self, prompt: Sequence[int], params: SamplingParams) -> IncrementalDecoder | None:
         if self._texts is None or not params.detokenize:

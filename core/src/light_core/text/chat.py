@@ -146,23 +146,35 @@ def choose_template(template: str | Mapping[str, str] | None, with_tools: bool) 
     return template.get("tool_use" if with_tools and "tool_use" in template else "default")
 
 
-def render_chat(tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], *, template: str | None = None, **options: Any) -> str:
-    """The prompt text of one conversation, with the tokenizer's template or `template`.
+def render_chat(
+    tokenizer: "Tokenizer",
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: str | None = None,
+    default_template: str | None = None,
+    change: Callable[[str], str] | None = None,
+    **options: Any,
+) -> str:
+    """The prompt text of one conversation, with `template`, the tokenizer's or `default_template`.
 
     Args:
         tokenizer: gives the template and the special tokens.
         messages: as clients of the chat API send them.
         template: Jinja source that replaces the tokenizer's.
+        default_template: Jinja source for a tokenizer that has none.
+        change: as `plain_messages` has it; applied to the tools' texts as well.
         **options: as `ChatTemplate.render` has them.
 
     Raises:
         RequestError: there is no template, or it refuses the messages.
         ModelError: the template cannot be compiled.
     """
-    source = template or choose_template(tokenizer.chat_template, bool(options.get("tools")))
+    source = template or choose_template(tokenizer.chat_template, bool(options.get("tools"))) or default_template
     if not source:
         raise RequestError("this model has no chat template", "messages")
-    return ChatTemplate(source, tokenizer.special_tokens_map).render(plain_messages(messages), **options)
+    if options.get("tools") and change is not None:
+        options["tools"] = map_strings(options["tools"], change)
+    return ChatTemplate(source, tokenizer.special_tokens_map).render(plain_messages(messages, change), **options)
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]], change: Callable[[str], str] | None = None) -> list[dict[str, Any]]:
@@ -190,7 +202,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _plain_message(index: int, message: Mapping[str, Any], change: Callable[[str], str] | None) -> dict[str, Any]:
-    role = message.get("role")
+    role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or not 0 < len(role) <= _MAX_ROLE_CHARS:
         raise RequestError(f"messages[{index}].role must be a string of 1 to {_MAX_ROLE_CHARS} characters", "messages")
     plain: dict[str, Any] = {name: value for name, value in message.items() if value is not None}

@@ -85,7 +85,7 @@ def _attend(
     return acc, total, highest
 
 
-@triton.jit(do_not_specialize=["cu_seqlens_q_ptr", "seq_lens_ptr", "rows_ptr", "num_decodes", "window"])
+@triton.jit(do_not_specialize=["cu_seqlens_q_ptr", "seq_lens_ptr", "rows_ptr", "first_request", "window"])
 def _prefill_kernel(
     out_ptr: tl.tensor,
     q_ptr: tl.tensor,
@@ -105,7 +105,7 @@ def _prefill_kernel(
     v_stride_s: tl.tensor,
     v_stride_h: tl.tensor,
     slot_table_stride: tl.tensor,
-    num_decodes: tl.tensor,
+    first_request: tl.tensor,
     scale: tl.tensor,
     window: tl.tensor,
     GROUP: tl.constexpr,
@@ -120,7 +120,7 @@ def _prefill_kernel(
     """A grid of token tiles by key/value heads (times tiles of a group larger than BLOCK_M) by requests."""
     tile_tokens: tl.constexpr = BLOCK_M // GROUP_TILE
     group_tiles: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
-    request = num_decodes + tl.program_id(2)
+    request = first_request + tl.program_id(2)
     query_begin = tl.load(cu_seqlens_q_ptr + request)
     query_len = tl.load(cu_seqlens_q_ptr + request + 1) - query_begin
     # The last tiles see the most keys; they start first, so that none of them runs alone at the end.
@@ -187,17 +187,21 @@ def prefill_attention(
     window: int | None,
     alibi_slopes: torch.Tensor | None,
     config: PrefillConfig,
+    first: int | None = None,
+    end: int | None = None,
 ) -> None:
-    """Attention of the requests from `step.num_decodes` on; the arguments are those of the op `attention`.
+    """Attention of the requests `first` … `end` - 1 of the step, all prefills if None; the other arguments are those
+    of the op `attention`.
 
     Never synchronises.
     """
+    first, end = step.num_decodes if first is None else first, step.num_seqs if end is None else end
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads = k_cache_SKD.shape[1]
     group = num_heads // num_kv_heads
     group_tile = min(group, config.block_m)
     num_tiles = triton.cdiv(step.max_query_len, config.block_m // group_tile)
-    grid = (num_tiles, num_kv_heads * triton.cdiv(group, group_tile), step.num_seqs - step.num_decodes)
+    grid = (num_tiles, num_kv_heads * triton.cdiv(group, group_tile), end - first)
     _prefill_kernel[grid](
         out_THD,
         q_THD,
@@ -217,7 +221,7 @@ def prefill_attention(
         v_cache_SKD.stride(0),
         v_cache_SKD.stride(1),
         step.slot_table.stride(0),
-        step.num_decodes,
+        first,
         scale,
         window or 0,
         GROUP=group,
