@@ -30,7 +30,7 @@ CASES = {
     "flat, top-p": {"top_p": 0.9, "temperature": 20.0},
     "logprobs": {"temperature": 0.0, "logprobs": 5},
 }
-ALLOWED_DIFFERENCES = 0.01
+ALLOWED_DIFFERENCES = 0.05
 """Share of rows that may differ: sums in another order move borders by about 1e-6 of the mass, and those of float32
 references over a flat distribution by more."""
 REPEATS, LAUNCHES = 7, 20

@@ -135,6 +135,7 @@ class LLM:
             self.engine: Engine = Engine(self.config, progress=bar)
         self.tokenizer = None if skip_tokenizer_init else self._load_tokenizer()
         self._chat = self.engine.chat_spec()
+        self._is_shut_down = False
         self._ids = count()
         self._prompts = count()
         self._seeds = np.random.default_rng(seed)
@@ -161,6 +162,8 @@ class LLM:
             RequestError: a prompt or a parameter that cannot be served; nothing has been generated then.
             KeyboardInterrupt: between two steps. As after any other exception, all is given up and the next call works.
         """
+        if self._is_shut_down:
+            raise RequestError("this LLM has been shut down; make another one")
         listed = [prompts] if isinstance(prompts, (str, Mapping)) else _listed(prompts, "prompts")
         results, live = [], {}
         try:
@@ -229,6 +232,7 @@ class LLM:
 
     def shutdown(self) -> None:
         """Gives memory back; the object cannot be used afterwards."""
+        self._is_shut_down = True
         self.engine.shutdown()
 
     def _with_family_stop(self, params: SamplingParams) -> SamplingParams:
@@ -302,6 +306,7 @@ class LLM:
                         del live[update.request_id]
                         bar.update()
             self.engine.drain()
+        check()
 
     def _apply(self, sequence: _Sequence, update: TokenUpdate) -> bool:
         """Adds `update` to its output; returns whether that output is complete."""

@@ -79,7 +79,9 @@ class FakeEngine:
         done = self._done[request.request_id]
         token = int(request.prompt[done % len(request.prompt)])
         self._done[request.request_id] = done + 1
-        update = TokenUpdate(request.request_id, [token], num_cached_tokens=7 if done == 0 else 0)
+        update = TokenUpdate(request.request_id, [token])
+        if done == 0:
+            update.num_cached_tokens, update.queue_s, update.prefill_s = 7, 0.25, 0.5
         if request.params.logprobs is not None:
             update.logprobs = [TokenLogprobs(-float(token), 1, ((token, -float(token)),))]
         if token in request.stop_token_ids:

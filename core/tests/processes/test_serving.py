@@ -13,6 +13,11 @@ from typing import Any
 import psutil
 import zmq
 
+from light_core.processes.client import _Stream
+from light_core.processes.engine import _Outbox
+from light_core.processes.messages import Progress, StepUpdate
+from light_core.server.client import Delta
+
 PIECES = {token: f"{chr(97 + token % 26)}{token}" for token in range(1000)}
 
 
@@ -22,6 +27,10 @@ def text_of(deltas: list[dict[str, Any]], index: int = 0) -> str:
 
 def tokens_of(deltas: list[dict[str, Any]], index: int = 0) -> list[int]:
     return [token for delta in deltas if delta["index"] == index for token in delta["token_ids"]]
+
+
+def times_of(deltas: list[dict[str, Any]]) -> list[tuple[float | None, float | None]]:
+    return [(delta["queue_s"], delta["prefill_s"]) for delta in deltas]
 
 
 def all_slots_back(server: Any) -> bool:
@@ -35,6 +44,7 @@ def test_one_request(shared_server: Any) -> None:
     assert tokens_of(deltas) == [5, 6, 7, 5, 6, 7, 5]
     assert text_of(deltas) == "".join(PIECES[token] for token in [5, 6, 7, 5, 6, 7, 5])
     assert deltas[0]["num_cached_tokens"] == 7
+    assert times_of(deltas) == [(0.25, 0.5)] + [(None, None)] * (len(deltas) - 1)
     assert [delta["finish_reason"] for delta in deltas][-1] == "length"
     assert all(delta["finish_reason"] is None for delta in deltas[:-1])
     shared_server.wait_for(lambda: all_slots_back(shared_server))
@@ -70,6 +80,7 @@ def test_several_outputs_and_logprobs(shared_server: Any) -> None:
         assert tokens_of(deltas, index) == [5, 6, 5, 6]
         assert text_of(deltas, index) == ""
         assert sum(delta["finish_reason"] is not None for delta in deltas if delta["index"] == index) == 1
+        assert times_of([delta for delta in deltas if delta["index"] == index])[0] == (0.25, 0.5)
     logprobs = [one for delta in deltas if delta["index"] == 2 for one in delta["logprobs"]]
     assert [one["logprob"] for one in logprobs] == [-5.0, -6.0, -5.0, -6.0]
 
@@ -236,6 +247,51 @@ def test_a_slow_reader_holds_nobody_up(start: Callable[..., Any]) -> None:
     os.kill(pid, signal.SIGCONT)
     assert len(tokens_of([stream.first, *stream.rest()])) == 4000
     server.wait_for(lambda: server.request("/health")[0] == 200)
+
+
+def test_times_survive_a_backlog(start: Callable[..., Any]) -> None:
+    """The first tokens wait for a stopped detokenizer and come with later ones, in one delta: the times are in it."""
+    server = start("step_s=0.001").ready()
+    pid = server.pids()["detokenizer"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        os.kill(pid, signal.SIGSTOP)
+        waiting = pool.submit(server.generate, [5, 6], max_tokens=1000)
+        server.wait_for(lambda: server.stats()["stats"]["steps"] > 100)
+        os.kill(pid, signal.SIGCONT)
+        status, deltas = waiting.result()
+    assert (status, len(tokens_of(deltas))) == (200, 1000)
+    assert len(deltas[0]["token_ids"]) > 10, "nothing was held up"
+    assert times_of(deltas) == [(0.25, 0.5)] + [(None, None)] * (len(deltas) - 1)
+
+
+def test_times_survive_wherever_updates_are_joined() -> None:
+    """In the engine process while the detokenizer takes no messages, and in http while the reader is slow."""
+    sent: list[StepUpdate] = []
+
+    class Full:
+        takes = False
+
+        def send(self, message: StepUpdate) -> bool:
+            if self.takes:
+                sent.append(message)
+            return self.takes
+
+    sender = Full()
+    outbox = _Outbox(sender)  # type: ignore[arg-type]
+    outbox.add(Progress(1, 1, 1, queue_s=0.25, prefill_s=0.5))
+    outbox.flush()
+    outbox.add(Progress(1, 1, 2))
+    outbox.add(Progress(1, 1, 3, "stop"))
+    sender.takes = True
+    outbox.flush()
+    assert sent == [StepUpdate([Progress(1, 1, 3, "stop", queue_s=0.25, prefill_s=0.5)])]
+
+    for first, second in (((0.25, 0.5), (None, None)), ((None, None), (0.25, 0.5))):
+        stream = _Stream(1)
+        stream.put(Delta(0, "a", queue_s=first[0], prefill_s=first[1]))
+        stream.put(Delta(0, "b", queue_s=second[0], prefill_s=second[1]))
+        (joined,) = stream.pending
+        assert (joined.text, joined.queue_s, joined.prefill_s) == ("ab", 0.25, 0.5)
 
 
 def test_idle_costs_nothing(shared_server: Any) -> None:

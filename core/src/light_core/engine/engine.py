@@ -294,14 +294,14 @@ def _vocab_size(runtime: ModelRuntime) -> int:
 
 def _end_tokens(resolved: Resolved) -> frozenset[int]:
     """End-of-sequence tokens of generation_config.json and config.json."""
-    ends: set[int] = set()
     path = resolved.files.folder / "generation_config.json"
-    sources = [resolved.files.raw.get("eos_token_id")]
+    sources: list[Any] = [resolved.files.raw.get("eos_token_id")]
     if path.is_file():
         try:
-            sources.append(json.loads(path.read_text()).get("eos_token_id"))
-        except (OSError, ValueError) as error:
+            sources.append(json.loads(path.read_text())["eos_token_id"])
+        except KeyError:
+            pass  # it names none
+        except (OSError, ValueError, TypeError) as error:
             logger.warning("%s is ignored: %s", path, error)
-    for source in sources:
-        ends.update([source] if isinstance(source, int) else source or ())
-    return frozenset(ends)
+    ends = [end for source in sources for end in (source if isinstance(source, list) else [source])]
+    return frozenset(end for end in ends if type(end) is int)

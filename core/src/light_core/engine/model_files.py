@@ -99,10 +99,9 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         raise ModelError(
             f"{model} cannot be fetched", cause, "unset HF_HUB_OFFLINE" if offline else "check the network, or give a local folder"
         ) from error
-    except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
-        raise ModelError(
-            f"{model} cannot be fetched", str(error).splitlines()[0][:200], "check the network, or give a local folder"
-        ) from error
+    except Exception as error:  # whatever the hub's client and its HTTP library raise, it is about this download
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"{model} cannot be fetched", cause, "check the network and the disk, or give a local folder") from error
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelFiles:
@@ -119,6 +118,9 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelFiles:
     if not isinstance(raw, dict):
         raise ModelError(f"{path} is not a configuration", f"it holds a {type(raw).__name__}", "get the model again")
     raw = {key: value for key, value in raw.items() if key != "auto_map"} | dict(overrides)
+    named = raw.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f"{path} is not valid", f"architectures is {named!r:.100}, a list of names is needed", "mend config.json")
     return ModelFiles(folder, _config_object(raw, path), raw)
 
 
@@ -148,7 +150,9 @@ def max_positions(files: ModelFiles) -> int | None:
         limit = getattr(files.config, "max_position_embeddings", None)
     if limit is None:
         return None
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return int(limit)
     kind, factor = rope.get("rope_type", rope.get("type", "default")), float(rope.get("factor") or 1.0)
     if kind in ("linear", "dynamic"):
         return int(limit * factor)

@@ -24,6 +24,7 @@ from light_core.types import Hidden, KVView, Step
 
 __all__ = ["Launched", "ModelRunner"]
 
+PROFILED_PREFIX = 32768  # tokens; workspace of attention kernels is bounded well before
 PROMPT_ROWS = 512  # prompt-logprob rows whose logits exist at the same time
 
 
@@ -99,19 +100,20 @@ class ModelRunner:
     @torch.inference_mode()
     def profile(self, tokens: int | None = None) -> None:
         """Runs the largest step there can be (or one of `tokens`), on padding, so that its peak of memory shows and
-        kernels compile."""
+        kernels compile. Its first chunk comes after a prefix, as kernels may need workspace for one."""
         tokens = tokens or self.limits.max_num_batched_tokens
         share = min(tokens, self.limits.max_model_len)
         lens = [share] * (tokens // share) + ([tokens % share] if tokens % share else [])
         lens = lens[: self.limits.max_num_seqs]
         total = sum(lens)
+        seq_lens = [min(lens[0] + PROFILED_PREFIX, self.limits.max_model_len), *lens[1:]]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lens])
         rows = min(self.limits.max_num_seqs, total)
         step = self._step(
             {
                 "rows": np.full(len(lens), self.limits.max_num_seqs, np.int32),
-                "seq_lens": np.asarray(lens, np.int32),
+                "seq_lens": np.asarray(seq_lens, np.int32),
                 "query_starts": starts,
                 "logits_rows": np.arange(rows, dtype=np.int64),
                 "slots": np.full(total, self.num_slots - 1, np.int64),
@@ -121,8 +123,9 @@ class ModelRunner:
             },
             num_decodes=0,
             max_query_len=share,
-            max_seq_len=share,
+            max_seq_len=max(seq_lens),
         )
+        step.prefill_lens = tuple(zip(lens, seq_lens))
         logits = self._logits(self._hidden(step), step)
         self.sampler.profile(logits)
 

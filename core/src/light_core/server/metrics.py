@@ -9,8 +9,8 @@ queue and of the prefill the engine's, of the rest this one's. Everything runs o
     decode                                               first token here ──────────── last token here
     inference                              prefill and decode, added up
 
-As in vLLM, what is of an output (each of the n of a request) is counted at its end: those that are refused, or whose
-client leaves, are not in these histograms.
+As in vLLM, times and lengths of an output (each of the n of a request) are counted at its end, the first token and the
+gaps between tokens at once. So one that is refused, or whose client leaves, is in none of the former.
 """
 
 from bisect import bisect_left

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -168,7 +169,8 @@ def load_tokenizer(
 
     name, local = os.fspath(folder), os.path.isdir(folder)
     try:
-        hf = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=local)
+        with _without_type_warning():
+            hf = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=local)
     except Exception as error:
         if "trust_remote_code" in str(error):
             remedy = "use a tokenizer that transformers has itself: Light runs no code of a model repository (trust_remote_code)"
@@ -182,6 +184,21 @@ def load_tokenizer(
     for value in (generation.get("eos_token_id"), config.get("eos_token_id"), _text_config(config).get("eos_token_id"), hf.eos_token_id):
         eos.update(token for token in (value if isinstance(value, list) else [value]) if type(token) is int and token >= 0)
     return Tokenizer(hf, frozenset(eos), _generation_defaults(generation))
+
+
+@contextmanager
+def _without_type_warning() -> Iterator[None]:
+    """Keeps back transformers' warning of a model type that it does not know: the type is the plugin's business."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("You are using a model of type")
+
+    source = logging.getLogger("transformers.configuration_utils")
+    source.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_wanted)
 
 
 def _generation_defaults(generation: Mapping[str, Any]) -> dict[str, float]:

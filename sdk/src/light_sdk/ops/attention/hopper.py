@@ -29,7 +29,8 @@ def attention(
         decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, decode_config(q_THD))
     config = prefill_config(q_THD)
     first, end = step.num_decodes, step.num_decodes
-    begin, has_cudnn = step.num_decodes, torch.backends.cudnn.is_available()
+    begin = step.num_decodes
+    has_cudnn = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
     for query_len, seq_len in step.prefill_lens:
         if has_cudnn and is_worthwhile(query_len, seq_len):
             if end > first:
