@@ -74,3 +74,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     """(folder, transformers' model) of a random Llama."""
     folder = tmp_path_factory.mktemp("llama")
     return str(folder), tiny_llama(folder)
+
+
+@pytest.fixture(scope="session")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Llama that gives NaN logits wherever token 77 is in sight."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    model = tiny_llama(folder)
+    model.model.embed_tokens.weight.data[77] = float("nan")
+    model.save_pretrained(folder)
+    return str(folder)

@@ -1,6 +1,14 @@
 """The offline API against transformers: greedy tokens, logprobs, and every way a step can be cut."""
 
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +16,9 @@ import pytest
 import torch
 
 from light_core import LLM, LightError, SamplingParams
+from light_core.config import EngineConfig
+from light_core.engine.loading import bind_model, resolve_model
+from light_core.engine.requests import EngineRequest
 from light_core.errors import RequestError
 from light_core.plugins import count_hook_calls
 
@@ -58,10 +69,159 @@ def test_greedy_equals_transformers(tiny: tuple[str, Any], expected: list[list[i
     llm = engine(tiny[0], **options)
     assert run(llm, prompts(6)) == expected
     assert run(llm, prompts(6)) == expected, "a second time, out of the prefix cache"
-    stats = llm.engine.stats()
+    assert_idle(llm)
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nobody holds a slot, a row or a place in the queue, and the bookkeeping agrees with itself."""
+    engine, stats = llm.engine, llm.engine.stats()
     assert stats.kv_slots_used == 0 and stats.num_requests_running == stats.num_requests_waiting == 0
-    if options.get("max_total_tokens") and not options.get("async_planning"):
-        assert stats.steps > 0
+    assert not engine.has_work() and not engine._prompt_logprobs and not engine._prompt_told
+    engine.scheduler.pool.check()
+    if engine.scheduler.tree is not None:
+        engine.scheduler.tree.check()
+
+
+WAYS = {
+    "plain": {},
+    "ahead": {"async_planning": True},
+    "uncached": {"enable_prefix_caching": False},
+    "ahead-uncached": {"async_planning": True, "enable_prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, logprobs=1),
+        SamplingParams(temperature=1.2, seed=3, n=2, frequency_penalty=0.2, min_tokens=5, prompt_logprobs=1),
+        SamplingParams(temperature=1.2, seed=3, n=2, top_k=60, top_p=0.95, min_p=0.001, stop=["9 w1", "77 "]),
+    ],
+    ids=["penalties", "seeded-prompt-logprobs", "filters-stop"],
+)
+def test_preempted_requests_say_what_they_would_have_said(llama: tuple[str, Any], params: SamplingParams, options: dict[str, Any]) -> None:
+    params = params.replace(max_tokens=60, banned_token_ids=[2])
+    small = engine(llama[0], max_total_tokens=128, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=24, **options)
+    # Outputs of one token teach the scheduler to expect little, so that it admits too many of those that come then.
+    run(small, [[5]] * 64, SamplingParams(allowed_token_ids=[9], stop_token_ids=[9]))
+    given = [{"prompt_token_ids": prompt} for prompt in prompts(12, seed=7, high=30)]
+    found = small.generate(given, params, use_tqdm=False)
+    assert small.engine.stats().preemptions > 2
+    assert_idle(small)
+    for mine, other in zip(found, engine(llama[0], max_num_batched_tokens=512).generate(given, params, use_tqdm=False), strict=True):
+        for one, two in zip(mine.outputs, other.outputs, strict=True):
+            assert (one.token_ids, one.text, one.finish_reason) == (two.token_ids, two.text, two.finish_reason)
+            assert params.logprobs is None or len(one.logprobs or ()) == len(one.token_ids)
+        assert params.prompt_logprobs is None or [entry and pytest.approx(entry.logprob, abs=1e-4) for entry in mine.prompt_logprobs] == [
+            entry and entry.logprob for entry in other.prompt_logprobs
+        ]
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_aborts_at_any_moment(llama: tuple[str, Any], options: dict[str, Any]) -> None:
+    made = engine(llama[0], max_total_tokens=128, max_model_len=128, max_num_seqs=6, max_num_batched_tokens=16, **options)
+    rng, live, request_id = np.random.default_rng(3), set(), 0
+    for _ in range(150):
+        while len(live) < 10:
+            params = SamplingParams(temperature=0.0, max_tokens=int(rng.integers(1, 60)), prompt_logprobs=1 if rng.random() < 0.4 else None)
+            prompt = rng.integers(3, 150, int(rng.integers(1, 60))).astype(np.int32)
+            made.engine.add(EngineRequest(request_id, prompt, params, frozenset({2})))
+            live.add(request_id)
+            request_id += 1
+        if rng.random() < 0.4:
+            gone = sorted(live)[int(rng.integers(len(live)))]
+            made.engine.abort(gone)
+            live.discard(gone)
+        for update in made.engine.step():
+            assert update.request_id in live
+            if update.finish_reason is not None:
+                live.discard(update.request_id)
+    for gone in live:
+        made.engine.abort(gone)
+    made.engine.drain()
+    assert_idle(made)
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_logits_that_are_not_finite_end_their_request_alone(poisoned: str, llm: LLM, options: dict[str, Any]) -> None:
+    made = engine(poisoned, max_num_batched_tokens=16, **options)
+    shared = [token for token in prompts(1, seed=4, low=40, high=41)[0] if token != 77]
+    healthy = [shared, [11, 12, 13]]
+    given = [healthy[0], [*shared, 77, 3], [9, 77], healthy[1]]
+    params = GREEDY.replace(banned_token_ids=[77])
+    for _ in range(2):
+        results = made.generate([{"prompt_token_ids": prompt} for prompt in given], params, use_tqdm=False)
+        ended = [result.outputs[0] for result in results]
+        assert [output.finish_reason for output in ended] == ["length", "error", "error", "length"]
+        assert ended[1].error and not ended[1].token_ids and ended[0].error is None
+        assert [ended[0].token_ids, ended[3].token_ids] == run(llm, healthy, params)
+        assert_idle(made)
+    later = made.generate({"prompt_token_ids": [5, 6]}, GREEDY.replace(allowed_token_ids=[77]), use_tqdm=False)[0].outputs[0]
+    assert (later.token_ids, later.finish_reason) == ([77], "error"), "the token came before its own logits"
+    assert made.engine.stats().finished == {"length": 4, "error": 5}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_no_memory_for_penalties_ends_that_request_alone(
+    llama: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    made = engine(llama[0], **options)
+    real = torch.full
+
+    def full(shape: Any, *rest: Any, **named: Any) -> torch.Tensor:
+        if len(shape) == 2 and shape[1] == made.engine.vocab_size:  # the pool of token counts grows
+            raise torch.OutOfMemoryError("no memory")
+        return real(shape, *rest, **named)
+
+    monkeypatch.setattr(torch, "full", full)
+    params = [GREEDY, GREEDY.replace(presence_penalty=1.0), GREEDY]
+    found = made.generate([{"prompt_token_ids": prompt} for prompt in prompts(3)], params, use_tqdm=False)
+    assert [one.outputs[0].finish_reason for one in found] == ["length", "error", "length"]
+    assert "token counts" in str(found[1].outputs[0].error)
+    assert_idle(made)
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("failing_step", [1, 4])
+@pytest.mark.parametrize("error", [RuntimeError("a layer broke"), KeyboardInterrupt()], ids=["exception", "interrupt"])
+def test_generates_again_after_a_step_that_failed(
+    llama: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, error: BaseException, failing_step: int, options: dict[str, Any]
+) -> None:
+    made = engine(llama[0], max_num_batched_tokens=24, **options)
+    real, calls = made.engine.runner._hidden, []
+
+    def broken(step: Any) -> Any:
+        calls.append(step)
+        if len(calls) == failing_step:
+            raise error
+        return real(step)
+
+    monkeypatch.setattr(made.engine.runner, "_hidden", broken)
+    with pytest.raises(type(error)):
+        run(made, prompts(6))
+    assert_idle(made)
+    assert run(made, prompts(6)) == run(engine(llama[0]), prompts(6))
+    assert_idle(made)
+
+
+def test_interrupt_comes_between_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ended = llm.engine.runner._hidden, []
+
+    def interrupted(step: Any) -> Any:
+        if not ended:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the interpreter runs signal handlers between instructions
+        ended.append(real(step))
+        return ended[-1]
+
+    monkeypatch.setattr(llm.engine.runner, "_hidden", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, prompts(2))
+    assert len(ended) == 1, "the step ran to its end, and no other began"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_idle(llm)
+    assert len(run(llm, prompts(1))[0]) == 24
 
 
 def test_shared_prefix_is_computed_once(llama: tuple[str, Any]) -> None:
@@ -137,6 +297,20 @@ def test_end_of_sequence_ends_unless_ignored(llm: LLM) -> None:
     assert ignored.token_ids == [2] * 24
 
 
+def test_the_tokenizer_may_name_an_end_of_its_own(llama: tuple[str, Any], tmp_path: Path) -> None:
+    """As chat models are published whose config.json still has the end of their base model."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama[0], folder)
+    free = run(engine(llama[0]), [[5, 6]])[0]
+    end = next(token for index, token in enumerate(free) if index > 2 and free.index(token) == index)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": f"w{end}", "added_tokens_decoder": {str(end): {"content": f"w{end}", "special": True}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    params = GREEDY.replace(ignore_eos=False)
+    assert run(engine(str(folder)), [[5, 6]], params)[0] == free[: free.index(end) + 1]
+    assert run(engine(str(folder), skip_tokenizer_init=True), [[5, 6]], params)[0] == free
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "words"),
     [
@@ -147,20 +321,156 @@ def test_end_of_sequence_ends_unless_ignored(llm: LLM) -> None:
         ({"prompt_token_ids": [5] * 250}, GREEDY, "max_tokens 24 + prompt 250 > max_model_len 256; use <= 6"),
         ({"prompt_token_ids": [5]}, GREEDY.replace(allowed_token_ids=[500]), "500"),
         ({}, GREEDY, "prompt_token_ids"),
+        ({"prompt": 5}, GREEDY, "prompt_token_ids"),
+        (5, GREEDY, "prompt_token_ids"),
+        ({"prompt_token_ids": [1.5]}, GREEDY, "whole numbers"),
+        ({"prompt_token_ids": [True]}, GREEDY, "whole numbers"),
+        ({"prompt_token_ids": [2**70]}, GREEDY, "whole numbers"),
+        ({"prompt_token_ids": [[5, 6]]}, GREEDY, "whole numbers"),
+        ({"prompt_token_ids": "w5"}, GREEDY, "whole numbers"),
+        ("w5", {"max_tokens": 3}, "params"),
+        ("w5", [GREEDY], "2 prompts but 1"),
+        ("w5", [GREEDY, {}], "SamplingParams"),
     ],
 )
 def test_bad_requests_are_refused_and_cost_nothing(llm: LLM, prompt: dict[str, Any], params: SamplingParams, words: str) -> None:
     with pytest.raises(RequestError) as caught:
         llm.generate([{"prompt_token_ids": [4, 5]}, prompt], params, use_tqdm=False)
     assert words in str(caught.value)
-    stats = llm.engine.stats()
-    assert stats.num_requests_running == stats.num_requests_waiting == stats.kv_slots_used == 0
+    assert_idle(llm)
     assert len(run(llm, [[4, 5]])[0]) == 24, "and it goes on"
 
 
 def test_chat_renders_the_template(llm: LLM) -> None:
-    result = llm.chat([{"role": "user", "content": "w5 w6"}], GREEDY, use_tqdm=False)[0]
-    assert result.prompt_token_ids[-2:] == [5, 6]
+    conversation = [{"role": "user", "content": "w5 w6"}]
+    result = llm.chat(conversation, GREEDY, use_tqdm=False)[0]
+    assert result.prompt_token_ids[-2:] == [5, 6] and result.prompt == "user w5 w6 "
+    template = "{{ messages[0].content }}{% if add_generation_prompt %} w{{ number }}{% endif %}"
+    options: dict[str, Any] = {"use_tqdm": False, "chat_template": template, "chat_template_kwargs": {"number": 9}}
+    both = llm.chat([conversation, [{"role": "user", "content": "w8"}]], GREEDY, **options)
+    assert [one.prompt_token_ids for one in both] == [[5, 6, 9], [8, 9]]
+    assert llm.chat(conversation, GREEDY, add_generation_prompt=False, **options)[0].prompt_token_ids == [5, 6]
+    assert llm.chat([], GREEDY, use_tqdm=False) == []
+    for wrong in ("hello", [5], [[5]], [{"content": "w5"}]):
+        with pytest.raises(RequestError, match="messages"):
+            llm.chat(wrong, GREEDY, use_tqdm=False)
+
+
+def test_special_tokens_in_a_message_are_plain_text(llm: LLM) -> None:
+    """w2 ends a sequence; in a message it is six characters, which this vocabulary has no word for."""
+    result = llm.chat([{"role": "user", "content": "w5 w2 w6"}], GREEDY, use_tqdm=False)[0]
+    assert 5 in result.prompt_token_ids and 2 not in result.prompt_token_ids
+    assert 2 in llm.generate("w5 w2 w6", GREEDY, use_tqdm=False)[0].prompt_token_ids
+
+
+def test_the_family_has_its_say_in_conversations(llama: tuple[str, Any], tmp_path: Path) -> None:
+    """Its stop strings end a reply, and its template serves a tokenizer that has none."""
+    folder, source = tmp_path / "model", tmp_path / "chatty.py"
+    shutil.copytree(llama[0], folder)
+    (folder / "chat_template.jinja").unlink()
+    free = run(engine(llama[0]), [[5, 6]])[0]
+    stop, asked = f"w{free[3]} w{free[4]}", f"w{free[9]} w{free[10]}"
+    source.write_text(
+        "from light_sdk import ChatSpec, hookimpl\nlight_api = 1\n\n\n@hookimpl\ndef light_chat(model):\n"
+        f"    return ChatSpec(template='{{{{ messages[0].content }}}}', stop=[{stop!r}])\n"
+    )
+    made = engine(str(folder), model_plugin=f"llama,{source}")
+    conversation = [{"role": "user", "content": "w5 w6"}]
+    for params in (GREEDY, GREEDY.replace(stop=asked)):
+        result = made.chat(conversation, params, use_tqdm=False)[0]
+        assert result.prompt_token_ids == [5, 6]
+        assert (result.outputs[0].finish_reason, result.outputs[0].stop_reason) == ("stop", stop)
+    assert made.generate("w5 w6", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == free, "no conversation"
+
+
+def test_stop_strings_at_every_place(llm: LLM) -> None:
+    """Across token borders or within a token, shown or not: the text ends where the first one is found."""
+    text, before = llm.generate("w5 w6", GREEDY, use_tqdm=False)[0].outputs[0].text, llm.engine.stats().finished
+    for start in range(0, len(text) - 9, 7):
+        for length in (1, 3, 9):
+            stop = text[start : start + length]
+            for shown in (False, True):
+                params = GREEDY.replace(stop=[stop], include_stop_str_in_output=shown, logprobs=0)
+                output = llm.generate("w5 w6", params, use_tqdm=False)[0].outputs[0]
+                assert output.text == text[: text.index(stop) + (length if shown else 0)]
+                assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+                assert len(output.logprobs or ()) == len(output.token_ids)
+    counted = llm.engine.stats().finished
+    assert counted["stop"] > before.get("stop", 0) + 60 and counted.get("abort") == before.get("abort")
+    token = llm.generate("w5 w6", GREEDY, use_tqdm=False)[0].outputs[0].token_ids[3]
+    params = GREEDY.replace(stop_token_ids=[token], include_stop_str_in_output=True)
+    assert llm.generate("w5 w6", params, use_tqdm=False)[0].outputs[0].text.endswith(f" w{token}")
+
+
+def test_without_a_tokenizer(llama: tuple[str, Any]) -> None:
+    made = engine(llama[0], skip_tokenizer_init=True)
+    output = made.generate({"prompt_token_ids": [5, 6]}, GREEDY, use_tqdm=False)[0].outputs[0]
+    assert len(output.token_ids) == 24 and output.text == ""
+    for prompt, params in (("w5", GREEDY), ({"prompt_token_ids": [5]}, GREEDY.replace(stop="w7"))):
+        with pytest.raises(RequestError, match="tokenizer"):
+            made.generate(prompt, params, use_tqdm=False)
+    with pytest.raises(RequestError, match="tokenizer"):
+        made.chat([{"role": "user", "content": "w5"}], use_tqdm=False)
+
+
+def test_every_argument_of_the_signature(llama: tuple[str, Any]) -> None:
+    made = LLM(
+        llama[0],
+        "llama",
+        "dummy",
+        torch.float32,
+        "cpu",
+        True,
+        48,
+        0.5,
+        False,
+        3,
+        {"num_hidden_layers": 1, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        max_num_seqs=2,
+    )
+    resolved = made.engine.resolved
+    assert (resolved.dtype, resolved.limits.max_model_len, resolved.limits.max_num_seqs) == ("float32", 48, 2)
+    assert len(made.engine.runtime.layers) == 1 and made.engine.scheduler.tree is None
+    first = made.generate([{"prompt_token_ids": np.array([4, 5])}] * 2, use_tqdm=False)
+    assert [len(one.outputs[0].token_ids) for one in first] == [16, 16] and first[0].prompt_token_ids == [4, 5]
+    assert made.generate([], use_tqdm=False) == []
+    made.shutdown()
+    assert all(parameter.is_meta for module in made.engine.runtime.modules.values() for parameter in module.parameters())
+    with pytest.raises(RequestError, match="shut down"):
+        made.generate({"prompt_token_ids": [4]}, use_tqdm=False)
+
+
+def test_a_bar_shows_how_far_the_weights_are_on_a_terminal_only(llama: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        engine(llama[0], load_format="dummy").shutdown()
+        assert ("weights: 100%" in stream.getvalue()) == stream.isatty()
+
+
+def test_quantisation_that_a_family_loads_reaches_its_hooks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["QuantForCausalLM"], "quantization_config": {"quant_method": "fp8"}}')
+    source = tmp_path / "quant.py"
+    source.write_text(
+        "from light_sdk import Family, KVGroup, KVLayout, WeightPlan, hookimpl\nfrom torch import nn\n\nlight_api = 1\n\n\n"
+        "@hookimpl\ndef light_register_families(registry):\n"
+        "    registry.add(Family('quant', ('QuantForCausalLM',), quantization=('fp8',)))\n"
+        + "".join(
+            f"\n\n@hookimpl\ndef light_{hook}:\n    return {answer}\n"
+            for hook, answer in {
+                "kv_layout(model)": "KVLayout((KVGroup((0,), ()),))",
+                "weight_plan(model)": "WeightPlan(())",
+                "pre_layer(model)": "nn.Identity()",
+                "layer(model, layer_id)": "nn.Identity()",
+                "post_layer(model)": "nn.Identity()",
+            }.items()
+        )
+    )
+    config = EngineConfig(model=str(tmp_path), model_plugin=str(source), device="cpu", load_format="dummy")
+    assert bind_model(resolve_model(config), config, device="meta").model.quantization == "fp8"
 
 
 def test_no_hook_is_called_in_a_step(llama: tuple[str, Any]) -> None:
@@ -179,4 +489,4 @@ def test_two_engines_in_one_process(llama: tuple[str, Any]) -> None:
 def test_a_model_that_does_not_fit_says_so(llama: tuple[str, Any]) -> None:
     with pytest.raises(LightError) as caught:
         engine(llama[0], max_total_tokens=10)
-    assert "--max-model-len 10" in caught.value.block()
+    assert "--max-model-len 10 or less, or --max-total-tokens 256 or more" in caught.value.block()

@@ -240,7 +240,7 @@ def test_port_taken(demo: Server) -> None:
     done = run("serve", "demo", "--port", port)
     assert done.returncode == 2
     assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "cause", "try"], done.stderr
-    assert f"port {port}" in done.stderr and re.search(r"process \d+ \(light http", done.stderr), done.stderr
+    assert f"port {port}" in done.stderr and re.search(r"process \d+ \(.*(light http|light_core\.processes\.http)", done.stderr), done.stderr
 
 
 def test_an_error_while_loading(tmp_path: Path) -> None:

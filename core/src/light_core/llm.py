@@ -59,7 +59,7 @@ class RequestOutput:
 
     Attributes:
         request_id: order of arrival at this `LLM`.
-        prompt: its text, None where token ids were given.
+        prompt: its text, None where token ids alone were given.
         prompt_token_ids: its tokens.
         outputs: `n` of them.
         prompt_logprobs: for each prompt token (None for the first) where asked for.
@@ -209,6 +209,7 @@ class LLM:
             chat_template_kwargs: further variables of the template.
         """
         from light_core.text.chat import render_chat
+        from light_core.text.tokenizer import LITERAL_MARK
 
         if self.tokenizer is None:
             raise RequestError("chat needs a tokenizer", "messages")
@@ -227,7 +228,7 @@ class LLM:
                 continue_final_message=continue_final_message,
                 variables=chat_template_kwargs,
             )
-            prompts.append({"prompt_token_ids": tokenizer.encode_marked(text)})
+            prompts.append({"prompt": text.replace(LITERAL_MARK, ""), "prompt_token_ids": tokenizer.encode_marked(text)})
         return self.generate(prompts, [self._with_family_stop(one) for one in _one_each(params, len(prompts))], use_tqdm)
 
     def shutdown(self) -> None:

@@ -1,6 +1,7 @@
 """Finding a model and reading its configuration."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,70 @@ def test_dtype(tmp_path: Path) -> None:
     assert resolve_dtype(files, "auto", "cuda:0") == "float16"
     assert resolve_dtype(files, "float32", "cuda:0") == "float32"
     assert resolve_dtype(files, "auto", "cpu") in ("float32", "bfloat16")
+
+
+def response(kind: type[Exception], status: int) -> Exception:
+    import httpx
+
+    return kind("no\nsecond line", response=httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid")))  # type: ignore[call-arg]
+
+
+def hub_errors() -> list[tuple[Exception, str]]:
+    import httpx
+    from huggingface_hub import errors as hub
+
+    return [
+        (response(hub.GatedRepoError, 403), "gated"),
+        (response(hub.RepositoryNotFoundError, 404), "does not exist, or is private"),
+        (response(hub.RevisionNotFoundError, 404), "no revision 'v9'"),
+        (response(hub.HfHubHTTPError, 500), "HfHubHTTPError: no second line"),
+        (hub.LocalEntryNotFoundError("not here"), "not in the cache"),
+        (httpx.ConnectError("refused"), "ConnectError: refused"),
+        (httpx.ReadTimeout(""), "ReadTimeout"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (OSError(), "OSError"),
+    ]
+
+
+@pytest.mark.parametrize(("error", "words"), hub_errors(), ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")
+def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+    def refuse(*args: object, **options: object) -> str:
+        raise error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ModelError) as caught:
+        resolve_folder("some-org/some-model", "v9", {})
+    block = caught.value.block()
+    assert words in block and "some-org/some-model" in block and "\ntry:" in block
+
+
+def test_what_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **options: asked.update(options) or str(tmp_path))
+    assert resolve_folder("some-org/some-model", "v9", {}) == tmp_path
+    assert asked["revision"] == "v9" and "*.safetensors" in str(asked["allow_patterns"]) and ".bin" not in str(asked["allow_patterns"])
+    assert "consolidated*" in str(asked["ignore_patterns"])
+    resolve_folder("some-org/some-model", None, {}, weights=False)
+    assert "safetensors" not in str(asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", 5, [5], {"a": 1}])
+def test_architectures_are_a_list_of_names(tmp_path: Path, named: object) -> None:
+    with pytest.raises(ModelError, match="architectures"):
+        read_config(folder(tmp_path / "model", architectures=named), {})
+
+
+def test_a_model_type_that_transformers_does_not_know_is_no_cause_for_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    files = read_config(folder(tmp_path / "model", model_type="Yi", hidden_size=7), {})
+    assert (files.config.model_type, files.config.hidden_size) == ("Yi", 7)
+    assert not caplog.records
+
+
+def test_the_whole_reason_of_a_bad_value_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_config(folder(tmp_path / "model"), {"hidden_size": "seven"})
+    assert "hidden_size" in caught.value.cause and "'seven'" in caught.value.cause

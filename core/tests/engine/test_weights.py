@@ -129,3 +129,31 @@ def test_dummy_weights_repeat_and_are_finite() -> None:
     one, two = named_parameters(first), named_parameters(second)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert 0.01 < one["pre.w"].std() < 0.03 and one["pre.bias"].abs().max() == 0 and one["post.n"].min() == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"w": 3}}'])
+def test_an_index_that_is_none_says_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint_files(tmp_path)
+    assert "model.safetensors.index.json" in caught.value.error and caught.value.cause
+
+
+@pytest.mark.parametrize("kept", [0.5, "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n", ""])
+def test_a_file_that_was_not_downloaded_to_its_end_says_so(tmp_path: Path, kept: float | str) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(2, 2)}, file)
+    whole = file.read_bytes()
+    file.write_bytes(kept.encode() if isinstance(kept, str) else whole[: int(len(whole) * kept)])
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(modules(pre_w=(2, 2)), WeightPlan((Placement("w", "pre.w"),)), tmp_path, "cpu")
+    assert str(file) in caught.value.error and "download" in caught.value.remedy
+
+
+def test_weights_in_a_second_layout_are_left_alone(tmp_path: Path) -> None:
+    """Mistral's folders hold the same weights as consolidated.safetensors, under other names."""
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    save_file({"w": torch.zeros(2, 2), "tok_embeddings.weight": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    built = modules(pre_w=(2, 2))
+    load_weights(built, WeightPlan((Placement("w", "pre.w"),)), tmp_path, "cpu")
+    assert torch.equal(named_parameters(built)["pre.w"], torch.ones(2, 2))

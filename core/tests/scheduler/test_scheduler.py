@@ -510,6 +510,26 @@ def test_an_error_ends_its_request_alone_and_its_kv_is_not_used_again() -> None:
     assert step(scheduler).query_lens.tolist() == [1, 4]
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_step_that_failed_ends_everybody_and_the_next_request_starts_clean(caching: bool) -> None:
+    scheduler = create(max_num_seqs=2, enable_prefix_caching=caching)
+    for index in range(4):
+        scheduler.add(request(index, [1, 2, 3, 4, index + 5]))
+    commit(scheduler, step(scheduler))
+    step(scheduler)  # in flight when the next one fails
+    step(scheduler)
+    assert scheduler.is_live(0) and scheduler.is_live(3)
+    scheduler.fail()
+    assert scheduler.num_unfinished == 0 and not scheduler.is_live(3)
+    assert scheduler.pool.num_used == 0, "KV that may not have been written is in no cache"
+    assert scheduler.stats().finished == {"error": 4}
+    scheduler.add(request(4, [1, 2, 3, 4, 5]))
+    plan = step(scheduler)
+    assert set(plan.released_rows) == {0, 1} and plan.query_lens.tolist() == [5]
+    commit(scheduler, plan)
+    assert len(run_until_done(scheduler)[4]) == 7
+
+
 def test_refusals_change_nothing() -> None:
     scheduler = create(101, max_model_len=80)
     scheduler.add(request(0))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from light_core.errors import ModelError, RequestError
-from light_core.text.tokenizer import Tokenizer, load_tokenizer
+from light_core.text.tokenizer import Tokenizer, load_tokenizer, read_end_tokens
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -53,8 +54,7 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode("a\ud800")
 
 
-def test_ends_and_defaults_come_from_the_model(tokenizer: Tokenizer) -> None:
-    assert tokenizer.eos_token_ids == {1, 3}
+def test_defaults_come_from_the_model(tokenizer: Tokenizer) -> None:
     assert dict(tokenizer.generation_defaults) == {"temperature": 0.6, "top_p": 0.9}
 
 
@@ -63,7 +63,30 @@ def test_invalid_defaults_are_left_out(tokenizer_folder: Path, tmp_path: Path, c
     (folder / "generation_config.json").write_text('{"temperature": -1, "top_k": 20, "eos_token_id": 2}')
     loaded = load_tokenizer(folder)
     assert dict(loaded.generation_defaults) == {"top_k": 20} and "temperature" in caplog.text
-    assert loaded.eos_token_ids == {1, 2}
+
+
+def test_ends_come_from_model_and_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
+    settings = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    own = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in own["added_tokens"]}
+    end = ids[settings["eos_token"]]
+    assert read_end_tokens({}, tmp_path, tokenizer_folder) == {end}, "of tokenizer.json"
+    assert read_end_tokens({"eos_token_id": 70, "text_config": {"eos_token_id": [71, 72]}}, tmp_path, None) == {70, 71, 72}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [80, "x", -1, null]}')
+    assert read_end_tokens({"eos_token_id": 70}, tmp_path, None) == {70, 80}
+    for content, found in (
+        ({"eos_token": "<e>", "added_tokens_decoder": {"5": {"content": "<e>"}, "6": {"content": "<f>"}}}, {80, 5}),
+        ({"eos_token": {"content": "<f>"}, "added_tokens_decoder": {"6": {"content": "<f>"}}}, {80, 6}),
+        ({"eos_token": "<nowhere>"}, {80}),
+        ({"eos_token": None}, {80}),
+        ([], {80}),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+        assert read_end_tokens({}, tmp_path, tmp_path) == found
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": 3}')
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        read_end_tokens({}, tmp_path, tmp_path)
 
 
 def test_threads_do_not_disturb_each_other(tokenizer: Tokenizer) -> None:
@@ -120,3 +143,13 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ModelError):
         load_tokenizer(tmp_path)
+
+
+def test_an_unknown_model_type_is_no_cause_for_a_warning(
+    tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "m")
+    (folder / "config.json").write_text(json.dumps({"model_type": "Yi", "architectures": ["YiForCausalLM"]}))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    load_tokenizer(folder)
+    assert not caplog.records and not logging.getLogger("transformers.configuration_utils").filters

@@ -6,7 +6,6 @@ On a GPU the loop is one step ahead: step N+1 is planned and launched before ste
 never waits for Python. On a CPU plan and commit alternate. One thread calls everything here.
 """
 
-import json
 import logging
 import time
 from collections import deque
@@ -31,6 +30,7 @@ from light_core.plugins.loading import create_kernel_registry
 from light_core.sampling_params import SamplingParams
 from light_core.scheduler import Scheduler
 from light_core.server.client import ModelCard
+from light_core.text.tokenizer import read_end_tokens
 from light_core.types import ChatSpec
 
 __all__ = ["Engine"]
@@ -88,10 +88,17 @@ class Engine:
         # Of requests whose prompt is under way, and who has been told theirs.
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._prompt_told: set[int] = set()
-        self._eos = _end_tokens(resolved)
+        self._eos = self._read_end_tokens()
         self.startup_s = time.perf_counter() - began
 
     # ------------------------------------------------------------------------------------ loading
+
+    def _read_end_tokens(self) -> frozenset[int]:
+        """End-of-sequence tokens; of a tokenizer that is elsewhere only if that is a local folder."""
+        files, tokenizer = self.resolved.files, Path(self.config.tokenizer or self.resolved.files.folder)
+        named = not self.config.skip_tokenizer_init and tokenizer.is_dir()
+        found = read_end_tokens(files.raw, files.folder, tokenizer if named else None)
+        return frozenset(token for token in found if token < self.vocab_size)
 
     def _load_weights(self) -> None:
         began = time.perf_counter()
@@ -290,18 +297,3 @@ def _vocab_size(runtime: ModelRuntime) -> int:
     config = runtime.model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(text.vocab_size)
-
-
-def _end_tokens(resolved: Resolved) -> frozenset[int]:
-    """End-of-sequence tokens of generation_config.json and config.json."""
-    path = resolved.files.folder / "generation_config.json"
-    sources: list[Any] = [resolved.files.raw.get("eos_token_id")]
-    if path.is_file():
-        try:
-            sources.append(json.loads(path.read_text())["eos_token_id"])
-        except KeyError:
-            pass  # it names none
-        except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s is ignored: %s", path, error)
-    ends = [end for source in sources for end in (source if isinstance(source, list) else [source])]
-    return frozenset(end for end in ends if type(end) is int)

@@ -83,6 +83,7 @@ def pool_slots(budget: MemoryBudget, token_bytes: int, asked: int | None, max_mo
         raise ConfigError(
             f"the KV pool holds {slots} tokens, one request may have {max_model_len}",
             f"a token takes {token_bytes} bytes; {budget}",
-            f"give --max-model-len {max(slots, 1)} or less, or a higher --gpu-memory-utilization",
+            f"give --max-model-len {max(slots, 1)} or less, or "
+            + ("a higher --gpu-memory-utilization" if asked is None else f"--max-total-tokens {max_model_len} or more"),
         )
     return int(slots) + 1

@@ -18,7 +18,7 @@ import msgspec
 
 from light_core.errors import ModelError, RequestError
 
-__all__ = ["GENERATION_DEFAULTS", "LITERAL_MARK", "Tokenizer", "load_tokenizer"]
+__all__ = ["GENERATION_DEFAULTS", "LITERAL_MARK", "Tokenizer", "load_tokenizer", "read_end_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,10 @@ class Tokenizer:
 
     Args:
         hf: the transformers tokenizer. It is the wrapper's own: its truncation and padding are switched off.
-        eos_token_ids: ids that end an output.
         generation_defaults: sampling defaults of the model, names of `GENERATION_DEFAULTS`.
     """
 
-    def __init__(
-        self, hf: Any, eos_token_ids: frozenset[int] = frozenset(), generation_defaults: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, hf: Any, generation_defaults: Mapping[str, float] | None = None) -> None:
         self._hf = hf
         self._lock = threading.Lock()
         # transformers sets truncation on the shared Rust object in each call, which is not safe across threads; the
@@ -56,7 +53,6 @@ class Tokenizer:
         self._added = {token_id: str(token) for token_id, token in added.items()}
         self.special_ids = frozenset(hf.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
         self.special_strings = frozenset(hf.all_special_tokens) | {str(token) for token in added.values() if token.special}
-        self.eos_token_ids = eos_token_ids or frozenset(() if hf.eos_token_id is None else (int(hf.eos_token_id),))
         self.generation_defaults: Mapping[str, float] = MappingProxyType(dict(generation_defaults or {}))
         self.vocab_size = len(hf)
         self._kind = _piece_kind(self._backend)
@@ -160,7 +156,7 @@ def load_tokenizer(
     Args:
         folder: a local folder, or a hub id.
         revision: branch, tag or commit of a hub id.
-        model_folder: where generation_config.json and config.json lie, if not in `folder`.
+        model_folder: where generation_config.json lies, if not in `folder`.
 
     Raises:
         ModelError: there is no tokenizer that transformers can load by itself, or its files are not valid.
@@ -179,11 +175,56 @@ def load_tokenizer(
         cause = " ".join(str(error).split())[:500]
         raise ModelError(f"the tokenizer of {name!r} cannot be loaded", f"{type(error).__name__}: {cause}", remedy) from error
     source = Path(model_folder if model_folder is not None else folder)
-    generation, config = _read_json(source / "generation_config.json"), _read_json(source / "config.json")
-    eos: set[int] = set()
-    for value in (generation.get("eos_token_id"), config.get("eos_token_id"), _text_config(config).get("eos_token_id"), hf.eos_token_id):
-        eos.update(token for token in (value if isinstance(value, list) else [value]) if type(token) is int and token >= 0)
-    return Tokenizer(hf, frozenset(eos), _generation_defaults(generation))
+    return Tokenizer(hf, _generation_defaults(_read_json(source / "generation_config.json")))
+
+
+class _TokenizerFile(msgspec.Struct):
+    """What is read of tokenizer.json, which may be large."""
+
+    added_tokens: list[dict[str, Any]] = []
+
+
+def read_end_tokens(
+    config: Mapping[str, Any], model_folder: str | os.PathLike[str], tokenizer_folder: str | os.PathLike[str] | None
+) -> frozenset[int]:
+    """Ids of the tokens that end an output: those of config.json and generation_config.json, and the tokenizer's own.
+
+    Chat models are often published with an end of turn that their tokenizer alone names. Reads files and loads no
+    tokenizer, so that the engine's process can do without one.
+
+    Args:
+        config: config.json.
+        model_folder: of generation_config.json.
+        tokenizer_folder: of tokenizer_config.json; None leaves the tokenizer out.
+
+    Raises:
+        ModelError: a file is not valid JSON.
+    """
+    sources = [config.get("eos_token_id"), _text_config(config).get("eos_token_id")]
+    sources.append(_read_json(Path(model_folder) / "generation_config.json").get("eos_token_id"))
+    if tokenizer_folder is not None:
+        sources.append(_tokenizer_end(Path(tokenizer_folder)))
+    ends = [end for source in sources for end in (source if isinstance(source, list) else [source])]
+    return frozenset(end for end in ends if type(end) is int and end >= 0)
+
+
+def _tokenizer_end(folder: Path) -> int | None:
+    """Id of the tokenizer's end-of-sequence token, if its files name one among the added tokens."""
+    settings = _read_json(folder / "tokenizer_config.json")
+    token = settings.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        return None
+    added = settings.get("added_tokens_decoder")
+    for token_id, entry in (added if isinstance(added, dict) else {}).items():
+        if isinstance(entry, dict) and entry.get("content") == text:
+            return int(token_id) if token_id.isdecimal() else None
+    path = folder / "tokenizer.json"
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile).added_tokens if path.is_file() else []
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path.name} is not valid", f"{path}: {error}", "restore the file from the model's repository") from error
+    return next((entry.get("id") for entry in found if entry.get("content") == text), None)
 
 
 @contextmanager
