@@ -264,6 +264,7 @@ def attention_inputs(num_seqs: int, seq_len: int, query_len: int) -> AttentionIn
         num_decodes=num_seqs if query_len == 1 else 0,
         max_query_len=query_len,
         max_seq_len=seq_len,
+        prefill_lens=() if query_len == 1 else ((query_len, seq_len),) * num_seqs,
     )
     q = random(num_seqs * query_len, NUM_HEADS, HEAD_DIM)
     k_cache, v_cache = random(num_slots, NUM_KV_HEADS, HEAD_DIM), random(num_slots, NUM_KV_HEADS, HEAD_DIM)
