@@ -240,7 +240,9 @@ def test_port_taken(demo: Server) -> None:
     done = run("serve", "demo", "--port", port)
     assert done.returncode == 2
     assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "cause", "try"], done.stderr
-    assert f"port {port}" in done.stderr and re.search(r"process \d+ \(.*(light http|light_core\.processes\.http)", done.stderr), done.stderr
+    assert f"port {port}" in done.stderr and re.search(r"process \d+ \(.*(light http|light_core\.processes\.http)", done.stderr), (
+        done.stderr
+    )
 
 
 def test_an_error_while_loading(tmp_path: Path) -> None:
@@ -625,7 +627,9 @@ def test_doctor(tmp_path: Path) -> None:
     assert "light-plugin-llama 1.0.0 (llama)" in done.stdout and done.stdout.endswith("demo would start\n")
     with socket.create_server(("127.0.0.1", 0)) as holder:
         taken = run("doctor", "no-such-model", "--port", str(holder.getsockname()[1]))
+        long = run("doctor", "demo", "--max-model-len", "9999", "--port", str(holder.getsockname()[1]))
     assert taken.returncode == 2 and "2 reason(s)" in taken.stdout, "every problem is told, not only the first"
+    assert "2 reason(s)" in long.stdout and "max_model_len 9999" in long.stdout and "every one has its place" in long.stdout
 
 
 def test_collect_env() -> None:

@@ -59,9 +59,9 @@ class FakeEngine:
         self._live[request.request_id] = request
         self._done[request.request_id] = 0
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: int, finish_reason: str = "abort") -> None:
         if self._live.pop(request_id, None) is not None:
-            self._stats.finished["abort"] = self._stats.finished.get("abort", 0) + 1
+            self._stats.finished[finish_reason] = self._stats.finished.get(finish_reason, 0) + 1
 
     def has_work(self) -> bool:
         return bool(self._live)

@@ -32,8 +32,9 @@ def mix(value):
     return value ^ (value >> 29)
 
 
-def token_hashes(positions, tokens):
-    return mix(positions.astype(np.uint64) * np.uint64(1_000_003) + tokens.astype(np.uint64) + np.uint64(7))
+POSITIONS = np.arange(64)
+TOKEN_HASHES = mix(POSITIONS[:, None].astype(np.uint64) * np.uint64(1_000_003) + np.arange(VOCAB, dtype=np.uint64) + np.uint64(7))
+TOKEN_HASH = TOKEN_HASHES.tolist()
 
 
 def next_token(history: int) -> int:
@@ -55,7 +56,7 @@ class Expected:
 
     def __init__(self, request: EngineRequest, limit: int, max_shared_len: int) -> None:
         prompt_len = len(request.prompt)
-        prefix = np.cumsum(token_hashes(np.arange(prompt_len), request.prompt)) + np.uint64(salt_hash(request.salt))
+        prefix = np.cumsum(TOKEN_HASHES[POSITIONS[:prompt_len], request.prompt]) + np.uint64(salt_hash(request.salt))
         history, hashes, self.tokens, stop = int(prefix[-1]), prefix.tolist(), [], None
         for position in range(prompt_len, limit):
             token = next_token(history)
@@ -64,7 +65,7 @@ class Expected:
                 stop = position - prompt_len
             if stop is not None and len(self.tokens) > stop + AHEAD:
                 break  # no step that was planned before the stop was known goes further
-            history = history + mix(position * 1_000_003 + token + 7) & MASK
+            history = history + TOKEN_HASH[position][token] & MASK
             hashes.append(history)
         self.hashes = np.array(hashes, dtype=np.uint64)
         contexts = np.maximum(np.arange(1, len(hashes) + 1), prompt_len)
@@ -113,7 +114,7 @@ class Device:
     def _write(self, plan: StepPlan, tokens: np.ndarray) -> None:
         slots, decodes = plan.slots, plan.num_decodes
         assert len(set(slots.tolist())) == len(slots) and slots.max() < self.num_slots - 1
-        added = token_hashes(plan.positions, tokens)
+        added = TOKEN_HASHES[plan.positions, tokens]
         self.contexts[slots] = np.where(plan.context_lens > self.max_shared_len, plan.context_lens, 0)
         before = self.table[plan.rows[:decodes], plan.positions[:decodes] - 1]
         self.hashes[slots[:decodes]] = self.hashes[before] + added[:decodes]
@@ -128,7 +129,7 @@ class Device:
     def _check_reads(self, plan: StepPlan) -> None:
         longest = plan.seq_lens.max()
         read = self.table[plan.rows, :longest]
-        beyond = np.arange(longest) >= plan.seq_lens[:, None]
+        beyond = POSITIONS[:longest] >= plan.seq_lens[:, None]
         assert ((self.hashes[read] == self.expected_hashes[plan.rows, :longest]) | beyond).all(), "a request reads what is not its prefix"
         assert ((self.contexts[read] == self.expected_contexts[plan.rows, :longest]) | beyond).all(), "KV of another length is shared"
 

@@ -63,10 +63,30 @@ def doctor(model: str, **values: Any) -> int:
     return 2 if report.problems else 0
 
 
-def _check_model(config: "EngineConfig", report: _Report) -> None:
-    from light_core.engine.loading import bind_model, resolve_model
+def _resolve(config: "EngineConfig", report: _Report) -> "tuple[EngineConfig, Resolved]":
+    """Resolves the model; a device or a length that cannot be had is noted and let go, so that the rest is looked at."""
+    from light_core.engine.loading import resolve_device, resolve_model
+    from light_core.errors import ConfigError
 
-    resolved = resolve_model(config)
+    try:
+        resolve_device(config.device)
+    except ConfigError as error:
+        report.problems.append(error)
+        config = config.replace(device="cpu")
+    try:
+        return config, resolve_model(config)
+    except ConfigError as error:
+        if config.max_model_len is None:
+            raise
+        report.problems.append(error)
+        config = config.replace(max_model_len=None)
+        return config, resolve_model(config)
+
+
+def _check_model(config: "EngineConfig", report: _Report) -> None:
+    from light_core.engine.loading import bind_model
+
+    config, resolved = _resolve(config, report)
     report.add("model", resolved.files.folder)
     report.add("architecture", ", ".join(resolved.files.architectures))
     owner = resolved.plugins.families.owner(resolved.family)

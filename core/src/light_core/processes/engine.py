@@ -3,7 +3,6 @@
 Not here: the engine itself (`light_core.engine`), which knows nothing of processes. Started by the supervisor.
 """
 
-import dataclasses
 import logging
 import os
 import time
@@ -48,8 +47,8 @@ class EngineLike(Protocol):
     def add(self, request: EngineRequest) -> None:
         """Takes a request. Raises `RequestError` if it cannot be served."""
 
-    def abort(self, request_id: int) -> None:
-        """Drops a request; unknown ones are ignored."""
+    def abort(self, request_id: int, finish_reason: str = "abort") -> None:
+        """Drops a request, which counts as `finish_reason` in `stats`; unknown ones are ignored."""
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
@@ -147,7 +146,6 @@ class EngineLoop:
         self._live: dict[int, _Live] = {}
         self._stopping = False
         self._published = 0.0
-        self._num_stop_hits = 0
         self._row_len = arena.rows.shape[1]
         self._tokens = arena.rows.reshape(-1).data
         self._num_tokens = arena.control["num_tokens"]
@@ -220,7 +218,7 @@ class EngineLoop:
             if self._arena.is_current(slot, generation) and request_id_of(slot, generation) not in self._live:
                 self._submit(message)
             return
-        self._end(slot, generation, by_text=isinstance(message, StopHit))
+        self._end(slot, generation, "stop" if isinstance(message, StopHit) else "abort")
 
     def _submit(self, message: Submit) -> None:
         slot, generation, params = message.slot, message.generation, message.params
@@ -245,24 +243,17 @@ class EngineLoop:
         else:
             self._live[request_id] = _Live(slot, generation, message.prompt_len)
 
-    def _end(self, slot: int, generation: int, by_text: bool) -> None:
-        """Aborts a request; the detokenizer is told in any case, so that the slot comes free."""
+    def _end(self, slot: int, generation: int, reason: str) -> None:
+        """Aborts a request; the detokenizer is told in any case, so that the slot comes free. To the engine the end by
+        a stop string is an abort that counts as a stop."""
         request_id = request_id_of(slot, generation)
         live = self._live.pop(request_id, None)
         if live is not None:
-            self._engine.abort(request_id)
-            self._num_stop_hits += by_text
+            self._engine.abort(request_id, reason)
         self._outbox.add(Progress(slot, generation, live.num_tokens if live is not None else 0, "abort"))
 
     def _publish_stats(self) -> None:
-        stats = self._engine.stats()
-        if self._num_stop_hits:
-            # To the engine the end by a stop string is an abort; to everybody else it is a stop.
-            finished = dict(stats.finished)
-            moved = min(self._num_stop_hits, finished.get("abort", 0))
-            finished["abort"], finished["stop"] = finished.get("abort", 0) - moved, finished.get("stop", 0) + moved
-            stats = dataclasses.replace(stats, finished=finished)
-        self._arena.board.write("stats", stats)
+        self._arena.board.write("stats", self._engine.stats())
         self._published = time.monotonic()
 
 
