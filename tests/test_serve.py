@@ -52,7 +52,7 @@ class Server:
         found = self.wait_for(lambda: re.search(r"ready in [\d.]+ s: (http://[\d.]+:\d+)/v1", self.log), START_S)
         self.url = found[1]
         headers = {"Authorization": f"Bearer {self.key}"}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120)
         self.openai = openai.OpenAI(base_url=self.url + "/v1", api_key=self.key, max_retries=0, timeout=60)
         self.model = self.openai.models.list().data[0].id
         return self
