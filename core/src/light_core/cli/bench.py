@@ -4,7 +4,6 @@ Prompts are random token ids, outputs have a fixed length. Keys of the results a
 both have them. Times are in milliseconds where the key says so, else in seconds.
 """
 
-import dataclasses
 import json
 import threading
 import time
@@ -17,7 +16,7 @@ import click
 import numpy as np
 
 from light_core.cli.http import Server
-from light_core.cli.settings import engine_config
+from light_core.cli.settings import create_llm, engine_config
 from light_core.errors import LightError
 
 __all__ = ["offline", "serve"]
@@ -25,10 +24,10 @@ __all__ = ["offline", "serve"]
 
 def offline(model: str, num_prompts: int, input_len: int, output_len: int, **values: Any) -> None:
     """Prints requests and tokens a second of one batch, after a warm-up."""
-    from light_core import LLM, SamplingParams
+    from light_core import SamplingParams
 
     config = engine_config(model, {**values, "skip_tokenizer_init": True})
-    llm = LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    llm = create_llm(config)
     params = SamplingParams(temperature=0.0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True, detokenize=False)
     rng = np.random.default_rng(config.seed)
     took = 0.0

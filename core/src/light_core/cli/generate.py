@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from light_core.cli.settings import engine_config
+from light_core.cli.settings import create_llm, engine_config
 
 __all__ = ["generate"]
 
@@ -19,12 +19,10 @@ def generate(
     **values: Any,
 ) -> None:
     """Prints each prompt with what the model made of it."""
-    import dataclasses
-
-    from light_core import LLM, SamplingParams
+    from light_core import SamplingParams
 
     config = engine_config(model, values)
-    llm = LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    llm = create_llm(config)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=sampling_seed)
     for output in llm.generate(list(prompts), params, use_tqdm=len(prompts) > 1):
         click.echo(click.style(output.prompt or "", bold=True) + output.outputs[0].text)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,19 @@ from light_core.config import EngineConfig
 from light_core.processes.settings import ProcessSettings
 from light_core.server.settings import ServerSettings
 
-__all__ = ["ENGINE_CHOICES", "ENGINE_HELP", "SECTIONS", "engine_config", "process_settings", "server_options", "server_settings"]
+if TYPE_CHECKING:
+    from light_core.llm import LLM
+
+__all__ = [
+    "ENGINE_CHOICES",
+    "ENGINE_HELP",
+    "SECTIONS",
+    "create_llm",
+    "engine_config",
+    "process_settings",
+    "server_options",
+    "server_settings",
+]
 
 ENGINE_CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -111,6 +123,13 @@ def server_options() -> list[click.Option]:
 def engine_config(model: str, values: Mapping[str, Any]) -> EngineConfig:
     """The engine's configuration out of parsed options."""
     return EngineConfig(model=model, **split({**values, "model": None}, EngineConfig))
+
+
+def create_llm(config: EngineConfig) -> "LLM":
+    """The offline API over `config`; imports torch."""
+    from light_core.llm import LLM
+
+    return LLM(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
 
 
 def server_settings(model: str, values: Mapping[str, Any]) -> ServerSettings:
