@@ -78,6 +78,44 @@ def measure(num_running: int, num_waiting: int, repeats: int, *, is_full: bool) 
     }
 
 
+def measure_sharing(
+    count: int = 512, prefix_len: int = 2048, own_len: int = 128, *, changes: bool, repeats: int = 200
+) -> dict[str, float | str]:
+    """Median time of a plan, and of that without looking for shared prefixes, in ms, where `count` decodes begin alike.
+
+    Args:
+        count: requests that decode.
+        prefix_len, own_len: tokens of each prompt that all have, and that it alone has.
+        changes: the oldest request is aborted and one arrives before each step, so that groups are found anew in each.
+        repeats: steps that are measured.
+    """
+    medians = []
+    for is_sharing in (True, False):
+        scheduler = Scheduler(num_slots=900_000, max_num_seqs=count, max_num_batched_tokens=8192, max_model_len=131_072)
+        if not is_sharing:
+            scheduler._groups = None
+        rng, next_id = np.random.default_rng(0), 0
+        times: list[float] = []
+        while len(times) < repeats:
+            is_full = scheduler.num_unfinished == count
+            for _ in range(1 if is_full and changes else count - scheduler.num_unfinished):
+                if is_full:
+                    scheduler.abort(next_id - count)
+                prompt = np.append(np.arange(prefix_len), rng.integers(40_000, 2**20, own_len)).astype(np.int32)
+                scheduler.add(EngineRequest(next_id, prompt, SamplingParams(max_tokens=1000), frozenset({0})))
+                next_id += 1
+            begin = time.perf_counter()
+            plan = scheduler.plan()
+            elapsed = (time.perf_counter() - begin) * 1e3
+            assert plan is not None
+            if plan.num_decodes >= count - 1:
+                assert (plan.shared_prefixes is not None) == is_sharing
+                times.append(elapsed)
+            scheduler.commit(plan, np.full(len(plan.sample_rows), 7, np.int32))
+        medians.append(round(float(np.median(times)), 4))
+    return {"sharing": "changes" if changes else "stays", "plan_ms": medians[0], "without_ms": medians[1]}
+
+
 def measure_burst(count: int = 512, prefix_len: int = 2048) -> float:
     """Time of the plan that admits `count` requests with a common prefix at once, in ms."""
     scheduler = Scheduler(num_slots=900_000, max_num_seqs=count, max_num_batched_tokens=8192, max_model_len=131_072)
@@ -108,9 +146,12 @@ def main() -> None:
             f"{line['running']:>8} {line['waiting']:>8} {line['waiting_for']:>7} {line['median_ms']:>10} {line['p99_ms']:>8} "
             f"{TARGETS_MS[int(line['running'])]:>10}"
         )
+    sharing = [measure_sharing(changes=changes) for changes in (False, True)]
+    for row in sharing:
+        print(f"plan of 512 decodes, sharing {row['sharing']}: {row['plan_ms']} ms; without looking for it: {row['without_ms']} ms")
     burst = measure_burst()
     print(f"512 requests with a common prefix of 2,048 tokens, all in one plan: {burst} ms")
-    text = json.dumps({"steps": table, "burst_ms": burst}, indent=1)
+    text = json.dumps({"steps": table, "sharing": sharing, "burst_ms": burst}, indent=1)
     print(text)
     if args.json:
         args.json.write_text(text + "\n")

@@ -11,6 +11,7 @@ from light_core.cli.main import command
 from light_core.cli.settings import ENGINE_HELP, SECTIONS, engine_config, process_settings, server_settings
 from light_core.config import EngineConfig
 from light_core.errors import ConfigError
+from light_core.media.settings import MediaSettings
 from light_core.processes.settings import ProcessSettings
 from light_core.server.settings import ServerSettings
 
@@ -61,8 +62,11 @@ def test_every_option_of_serve_stands_in_a_section() -> None:
     assert sorted(listed) == sorted(set(options("serve")) - {"config"})
 
 
+SETTINGS = (EngineConfig, ServerSettings, ProcessSettings, MediaSettings)
+
+
 def test_options_of_serve_are_fields_with_the_same_default() -> None:
-    fields = {field.name: field for kind in (EngineConfig, ServerSettings, ProcessSettings) for field in dataclasses.fields(kind)}
+    fields = {field.name: field for kind in SETTINGS for field in dataclasses.fields(kind)}
     for name, option in options("serve").items():
         if name == "config":
             continue

@@ -60,6 +60,7 @@ def test_a_step_mixes_decodes_and_chunks_under_the_budget() -> None:
     assert plan.token_ids.tolist() == [-1, *range(2000, 2009)]
     assert plan.positions.tolist() == [4, *range(9)]
     assert plan.context_lens.tolist() == [5, *[12] * 9]
+    assert plan.prompt_lens.tolist() == [4, 12]
     assert plan.sample_rows.tolist() == [0]
     assert plan.num_output_tokens.tolist() == [1]
     commit(scheduler, plan)
@@ -67,7 +68,16 @@ def test_a_step_mixes_decodes_and_chunks_under_the_budget() -> None:
     assert (ids(plan), plan.query_lens.tolist(), plan.sample_rows.tolist()) == ([0, 1, 2], [1, 3, 3], [0, 3, 6])
     assert plan.num_output_tokens.tolist() == [2, 0, 0]
     assert plan.sample_request_rows.tolist() == plan.rows.tolist()
-    for array in (plan.rows, plan.query_lens, plan.seq_lens, plan.positions, plan.slots, plan.token_ids, plan.sample_rows):
+    for array in (
+        plan.rows,
+        plan.query_lens,
+        plan.seq_lens,
+        plan.prompt_lens,
+        plan.positions,
+        plan.slots,
+        plan.token_ids,
+        plan.sample_rows,
+    ):
         assert array.dtype == np.int32
     for array in (plan.table_rows, plan.table_slots, plan.num_output_tokens, plan.context_lens, plan.table_positions):
         assert array.dtype == np.int32

@@ -15,7 +15,7 @@ import pytest
 
 from light_core.engine.requests import EngineRequest, TokenUpdate
 from light_core.sampling_params import SamplingParams
-from light_core.scheduler import Scheduler, StepPlan
+from light_core.scheduler import Scheduler, StepPlan, sharing
 
 MASK = 2**64 - 1
 VOCAB = 40
@@ -87,6 +87,7 @@ class Device:
         self.expected_hashes = np.zeros((num_rows, max_len), dtype=np.uint64)
         self.expected_contexts = np.zeros((num_rows, max_len), dtype=np.int64)
         self.owner = [None] * num_rows
+        self.shared_steps, self.shared_prefixes = 0, None
         self.num_slots, self.max_shared_len = num_slots, max_shared_len
 
     def run(self, plan: StepPlan, live: dict[int, Expected]) -> np.ndarray:
@@ -106,6 +107,12 @@ class Device:
         tokens[:decodes] = self.last[plan.rows[:decodes]]
         self._write(plan, tokens)
         self._check_reads(plan)
+        if plan.shared_prefixes is not None:
+            self.shared_steps += 1
+            # The same table is given while nothing changes; what it says must stay true.
+            if plan.shared_prefixes is not self.shared_prefixes or self.shared_steps % 4 == 0:
+                self._check_shared(plan)
+                self.shared_prefixes = plan.shared_prefixes
         history = self.hashes[plan.slots[plan.sample_rows]]
         sampled = ((history >> np.uint64(37)) % np.uint64(VOCAB)).astype(np.int32)
         self.last[plan.sample_request_rows] = sampled
@@ -132,6 +139,18 @@ class Device:
         beyond = POSITIONS[:longest] >= plan.seq_lens[:, None]
         assert ((self.hashes[read] == self.expected_hashes[plan.rows, :longest]) | beyond).all(), "a request reads what is not its prefix"
         assert ((self.contexts[read] == self.expected_contexts[plan.rows, :longest]) | beyond).all(), "KV of another length is shared"
+
+    def _check_shared(self, plan: StepPlan) -> None:
+        """Every decode stands in the table once, and the members of a group read the same slots as far as it says."""
+        decodes, lens, members = plan.shared_prefixes
+        assert decodes.dtype == np.int32 and np.array_equal(np.sort(decodes), np.arange(plan.num_decodes))
+        assert (lens < plan.seq_lens[decodes]).all() and (members[lens == 0] == 0).all() and lens.any()
+        leaders = np.arange(plan.num_decodes) - members
+        assert (members[leaders] == 0).all() and (lens[leaders] == lens).all()
+        assert np.bincount(leaders)[leaders[lens > 0]].min() >= sharing.MIN_MEMBERS
+        rows = plan.rows[decodes]
+        beyond = POSITIONS[: lens.max()] >= lens[:, None]
+        assert ((self.table[rows, : lens.max()] == self.table[rows[leaders], : lens.max()]) | beyond).all(), "slots differ in a group"
 
 
 @dataclass(frozen=True)
@@ -325,12 +344,21 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the short prefixes of these cases count as shared."""
+    for name, value in (("MIN_MEMBERS", 2), ("MIN_SHARED_LEN", 3), ("MIN_SAVED", 3)):
+        monkeypatch.setattr(sharing, name, value)
+
+
 def drive(name: str, seeds: range, steps: int) -> None:
     for seed in seeds:
         driver = Driver(CASES[name], seed)
         driver.run(steps)
         assert driver.scheduler.stats().steps == driver.num_steps >= steps
         assert driver.finished > steps // 20, "the traffic is too thin to say anything"
+        if driver.case.caching and driver.case.max_num_seqs > 1:
+            assert driver.device.shared_steps > steps // 200
         if name.startswith("ti"):
             assert driver.scheduler.stats().preemptions > steps // 200
 

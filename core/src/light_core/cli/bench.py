@@ -1,163 +1,180 @@
-"""`light bench`: throughput of the offline API, and throughput and latency of a running server.
+"""`light bench`: throughput of the offline API, load on a running server, and the budget of one step.
 
-Prompts are random token ids, outputs have a fixed length. Keys of the results are those of `vllm bench serve` where
-both have them. Times are in milliseconds where the key says so, else in seconds.
+Commands alone; what they measure is in `light_core.bench`.
 """
 
-import json
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, TypeVar
 
-import click
-import numpy as np
-
+from light_core.bench import report
+from light_core.bench.plots import check_matplotlib
+from light_core.bench.workloads import choose_workloads, create_requests
 from light_core.cli.http import Server
 from light_core.cli.settings import create_llm, engine_config
-from light_core.errors import LightError
+from light_core.errors import ConfigError
 
-__all__ = ["offline", "serve"]
+__all__ = ["offline", "serve", "step"]
+
+Number = TypeVar("Number", int, float)
+
+OFFLINE_PROMPTS, SERVE_PROMPTS, SERVE_CONCURRENCY = 64, 200, 64
+VOCAB_SIZE = 30_000  # of a server that does not tell
+PREFILL_SHARE = 8  # decode steps to a prefill step
 
 
-def offline(model: str, num_prompts: int, input_len: int, output_len: int, **values: Any) -> None:
-    """Prints requests and tokens a second of one batch, after a warm-up."""
-    from light_core import SamplingParams
+def numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number]:
+    """Comma separated numbers of an option; [] for None. Raises `ConfigError`."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} cannot be read", str(error), f"give numbers, comma separated: {option} 1,4,16") from error
+
+
+def offline(
+    model: str,
+    workload: str | None,
+    num_prompts: int | None,
+    input_len: int | None,
+    output_len: int | None,
+    length_scale: float,
+    rounds: int,
+    warmup_rounds: int,
+    output_json: str | None,
+    plot: str | None,
+    **values: Any,
+) -> None:
+    """Runs each workload and prints its table."""
+    chosen = choose_workloads(workload, num_prompts, input_len, output_len, length_scale, OFFLINE_PROMPTS)
+    check_matplotlib(plot)
+    report.check_writable(output_json, plot)
+    from light_core.bench.offline import check_lengths, run_workload
 
     config = engine_config(model, {**values, "skip_tokenizer_init": True})
     llm = create_llm(config)
-    params = SamplingParams(temperature=0.0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True, detokenize=False)
-    rng = np.random.default_rng(config.seed)
-    took = 0.0
-    for count in (min(num_prompts, 8), num_prompts):
-        prompts = [{"prompt_token_ids": rng.integers(0, llm.engine.vocab_size, input_len).tolist()} for _ in range(count)]
-        began = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        took = time.perf_counter() - began
+    check_lengths(chosen, llm.engine.resolved.limits.max_model_len)
+    results = []
+    for one in chosen:
+        results.append({"model": model, **run_workload(llm, one, rounds, warmup_rounds, config.seed)})
+        report.show(results[-1], without=("model", "latencies", "percentiles"), gap=len(results) > 1)
     llm.shutdown()
-    results = {
-        "num_prompts": num_prompts,
-        "elapsed_time": took,
-        "requests_per_second": num_prompts / took,
-        "tokens_per_second": num_prompts * (input_len + output_len) / took,
-        "output_throughput": num_prompts * output_len / took,
-    }
-    _show(results)
+    report.write_json(output_json, results)
+    if plot:
+        from light_core.bench.plots import plot_offline
 
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """One request: time to first token, gaps between pieces, whole time (s), tokens, and the error if it failed."""
-
-    ttft: float
-    gaps: list[float]
-    took: float
-    tokens: int
-    error: str | None = None
+        plot_offline(plot, results)
 
 
 def serve(
     url: str,
+    endpoint: str,
     api_key: str | None,
     model: str | None,
-    num_prompts: int,
-    input_len: int,
-    output_len: int,
-    request_rate: float | None,
-    max_concurrency: int,
+    workload: str | None,
+    num_prompts: int | None,
+    input_len: int | None,
+    output_len: int | None,
+    length_scale: float,
+    request_rate: str | None,
+    burstiness: float,
+    max_concurrency: str | None,
+    goodput: str | None,
+    metric_percentiles: str,
+    clients: int | None,
+    timeout: float,
+    vocab_size: int | None,
     seed: int,
-    json_path: str | None,
+    save_detailed: bool,
+    output_json: str | None,
+    plot: str | None,
 ) -> None:
-    """Sends the requests from this process and prints the table."""
+    """Loads the server once for each rate and concurrency, each time with fresh prompts, and prints the tables."""
+    from light_core.bench import serving
+    from light_core.bench.client import Target
+
+    chosen = choose_workloads(workload, num_prompts, input_len, output_len, length_scale, SERVE_PROMPTS)
+    rates, concurrencies = numbers("--request-rate", request_rate, float), numbers("--max-concurrency", max_concurrency, int)
+    loads = serving.choose_loads(rates, concurrencies, burstiness, SERVE_CONCURRENCY)
+    bounds, percentiles = serving.parse_goodput(goodput), numbers("--metric-percentiles", metric_percentiles, float)
+    check_matplotlib(plot)
+    report.check_writable(output_json, plot)
     server = Server(url, api_key)
     name = model or server.model()
-    rng = np.random.default_rng(seed)
-    vocab = min(_vocab_size(server, name), 30_000)
-    bodies = [_body(name, rng.integers(0, vocab, input_len).tolist(), output_len) for _ in range(num_prompts)]
-    _one(server, bodies[0])
-    due = np.cumsum(rng.exponential(1 / request_rate, num_prompts)) if request_rate else np.zeros(num_prompts)
-    gate = threading.Semaphore(max_concurrency)
-    began = time.perf_counter()
+    target, vocab = Target.parse(url, endpoint, api_key), vocab_size or _vocab_size(server, name)
+    serving.probe(target, name, create_requests(chosen[0], vocab, seed)[0], timeout)
+    results, runs = [], []
+    for index, (one, load) in enumerate((one, load) for one in chosen for load in loads):
+        requests = create_requests(one, vocab, seed + 1 + index)
+        samples, duration = serving.measure(target, name, requests, load, seed=seed + index, clients=clients, timeout_s=timeout)
+        result: dict[str, Any] = {
+            "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+            "endpoint_type": "openai",
+            "model_id": name,
+            "workload": one.name,
+            "num_prompts": len(requests),
+            "request_rate": load.request_rate or "inf",
+            "burstiness": load.burstiness,
+            "max_concurrency": load.max_concurrency,
+            **serving.metrics(samples, duration, percentiles, bounds),
+        }
+        report.show(result, without=("date", "endpoint_type"), gap=index > 0)
+        results.append(result | (serving.details(samples) if save_detailed else {}))
+        runs.append(samples)
+    report.write_json(output_json, results)
+    if plot:
+        from light_core.bench.plots import plot_serving
 
-    def send(index: int) -> _Sample:
-        time.sleep(max(0.0, began + due[index] - time.perf_counter()))
-        with gate:
-            return _one(server, bodies[index])
+        plot_serving(plot, results, runs)
 
-    with ThreadPoolExecutor(max_workers=min(num_prompts, max_concurrency if not request_rate else 512)) as threads:
-        samples = list(threads.map(send, range(num_prompts)))
-    results = _results(samples, time.perf_counter() - began, input_len)
-    _show(results)
-    if json_path:
-        Path(json_path).write_text(json.dumps(results, indent=2))
+
+def step(
+    model: str,
+    batch: str,
+    context: int,
+    prefill: str,
+    steps: int,
+    top: int,
+    output_json: str | None,
+    plot: str | None,
+    **values: Any,
+) -> None:
+    """Prints the budget of each decode and prefill step."""
+    batches, prefills = numbers("--batch", batch, int), numbers("--prefill", prefill, int)
+    if min(batches + prefills, default=0) < 1:
+        raise ConfigError("there is no step to measure", f"--batch {batch!r}, --prefill {prefill!r}", "give numbers of 1 or more")
+    check_matplotlib(plot)
+    report.check_writable(output_json, plot)
+    import torch
+
+    from light_core.bench.budget_table import print_budget, print_ceilings
+    from light_core.bench.ceilings import measure_ceilings
+    from light_core.bench.step import StepMeter, fit_config
+    from light_core.engine.engine import Engine
+
+    config = fit_config(engine_config(model, {**values, "skip_tokenizer_init": True}), batches, prefills)
+    engine = Engine(config)
+    device, dtype = torch.device(engine.resolved.device), engine.runtime.model.torch_dtype
+    ceilings = measure_ceilings(device, dtype)
+    print_ceilings(engine, ceilings)
+    meter = StepMeter(engine, ceilings, config.seed)
+    budgets = []
+    for size in batches:
+        budgets.append(meter.decode(size, context, steps))
+        print_budget(budgets[-1], top)
+    for size in prefills:
+        budgets.append(meter.prefill(size, max(2, steps // PREFILL_SHARE)))
+        print_budget(budgets[-1], top)
+    engine.shutdown()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    machine = {"device": name, "dtype": engine.resolved.dtype, "torch": torch.__version__}
+    rates = {"bytes_per_s": ceilings.bytes_per_s, "flops_per_s": ceilings.flops_per_s}
+    report.write_json(output_json, [{"model": model, **machine, "ceilings": rates, "steps": [budget.as_dict() for budget in budgets]}])
+    if plot:
+        from light_core.bench.plots import plot_steps
+
+        plot_steps(plot, budgets)
 
 
 def _vocab_size(server: Server, name: str) -> int:
     models = server.call("GET", "/v1/models")["data"]
-    return int(next((one.get("vocab_size") for one in models if one["id"] == name), None) or 256)
-
-
-def _body(name: str, prompt: list[int], length: int) -> dict[str, Any]:
-    return {
-        "model": name,
-        "prompt": prompt,
-        "max_tokens": length,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
-def _one(server: Server, body: dict[str, Any]) -> _Sample:
-    sent = last = time.perf_counter()
-    ttft, gaps, tokens = 0.0, [], 0
-    try:
-        for event in server.stream("/v1/completions", body):
-            now = time.perf_counter()
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
-            if event["choices"]:
-                if ttft == 0.0:
-                    ttft = now - sent
-                else:
-                    gaps.append(now - last)
-                last = now
-    except (LightError, OSError, ValueError) as error:  # a failed request is a finding of the bench
-        return _Sample(ttft, gaps, last - sent, tokens, str(error))
-    return _Sample(ttft, gaps, last - sent, tokens)
-
-
-def _results(samples: list[_Sample], took: float, input_len: int) -> dict[str, Any]:
-    good = [sample for sample in samples if sample.error is None]
-    tokens = sum(sample.tokens for sample in good)
-    results: dict[str, Any] = {
-        "duration": took,
-        "completed": len(good),
-        "failed": len(samples) - len(good),
-        "total_input_tokens": input_len * len(good),
-        "total_output_tokens": tokens,
-        "request_throughput": len(good) / took,
-        "output_throughput": tokens / took,
-        "total_token_throughput": (tokens + input_len * len(good)) / took,
-    }
-    series = {
-        "ttft": [sample.ttft for sample in good],
-        "tpot": [(sample.took - sample.ttft) / (sample.tokens - 1) for sample in good if sample.tokens > 1],
-        "itl": [gap for sample in good for gap in sample.gaps],
-        "e2el": [sample.took for sample in good],
-    }
-    for key, times in series.items():
-        for label, value in (("mean", np.mean), ("median", np.median), ("p99", lambda t: np.percentile(t, 99))):
-            results[f"{label}_{key}_ms"] = float(value(times)) * 1e3 if times else None
-    if errors := sorted({sample.error for sample in samples if sample.error}):
-        results["errors"] = errors[:5]
-    return results
-
-
-def _show(results: dict[str, Any]) -> None:
-    width = max(map(len, results))
-    for key, value in results.items():
-        click.echo(f"{key:<{width}}  {value:,.2f}" if isinstance(value, float) else f"{key:<{width}}  {value}")
+    return int(next((one.get("vocab_size") for one in models if one["id"] == name), None) or VOCAB_SIZE)

@@ -118,9 +118,9 @@ def _check_checkpoint(config: "EngineConfig", resolved: "Resolved", runtime: "Mo
     if config.load_format == "dummy":
         report.add("checkpoint", "none read: dummy weights")
         return
-    from light_core.engine.weights import check_names, checkpoint_files
+    from light_core.engine.weights import check_names, plan_files
 
-    files = checkpoint_files(resolved.files.folder)
+    files = plan_files(runtime.weight_plan, resolved.files.folder)
     names = [name for file in files for name in _tensor_names(file)]
     check_names(runtime.modules, runtime.weight_plan, names, resolved.files.folder)
     report.add("checkpoint", f"{len(names)} tensors in {len(files)} file(s); every one has its place")

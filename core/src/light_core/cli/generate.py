@@ -1,5 +1,6 @@
 """`light generate`: complete prompts with a model in this process."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ def generate(
     temperature: float,
     top_p: float,
     sampling_seed: int | None,
+    images: tuple[str, ...],
     **values: Any,
 ) -> None:
     """Prints each prompt with what the model made of it."""
@@ -24,7 +26,8 @@ def generate(
     config = engine_config(model, values)
     llm = create_llm(config)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=sampling_seed)
-    for output in llm.generate(list(prompts), params, use_tqdm=len(prompts) > 1):
+    data = {"multi_modal_data": {"image": [Path(image).read_bytes() for image in images]}} if images else {}
+    for output in llm.generate([{"prompt": prompt, **data} for prompt in prompts], params, use_tqdm=len(prompts) > 1):
         click.echo(click.style(output.prompt or "", bold=True) + output.outputs[0].text)
         click.echo()
     llm.shutdown()

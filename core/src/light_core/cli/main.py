@@ -67,6 +67,10 @@ def _engine_options() -> list[click.Option]:
     return dataclass_options(EngineConfig, ENGINE_HELP, ENGINE_CHOICES)
 
 
+def _image_option(text: str) -> click.Option:
+    return click.Option(["--image", "images"], multiple=True, type=click.Path(exists=True, dir_okay=False), metavar="FILE", help=text)
+
+
 def _config_file() -> click.Option:
     return click.Option(
         ["--config"],
@@ -110,6 +114,7 @@ _add(
     click.Option(["--temperature"], type=float, default=0.8, show_default=True, help="0 is greedy."),
     click.Option(["--top-p"], type=float, default=1.0, show_default=True, help="Smallest set of tokens that reaches this probability."),
     click.Option(["--sampling-seed"], type=int, help="Makes the output repeatable."),
+    _image_option("Picture for every prompt, at the model's placeholder in it; may be repeated."),
     *_engine_options(),
 )
 _add(
@@ -123,6 +128,7 @@ _add(
     click.Option(["--system"], help="A system message to begin with."),
     click.Option(["--temperature"], type=float, help="0 is greedy; the model's own default otherwise."),
     click.Option(["--max-tokens"], type=click.IntRange(1), help="Tokens of a reply at most."),
+    _image_option("Picture that goes with the first message; may be repeated."),
 )
 
 
@@ -155,31 +161,100 @@ def bench() -> None:
     """Measure throughput and latency."""
 
 
+def _workload_options(num_prompts: str) -> list[click.Option]:
+    return [
+        click.Option(
+            ["--workload"],
+            metavar="NAME[,NAME]",
+            help='decode-1, decode-64, decode-256, prefill, mixed, shared-prefix, long, or "all"; fixed lengths otherwise.',
+        ),
+        click.Option(["--num-prompts"], type=click.IntRange(1, 100_000), help=num_prompts),
+        click.Option(["--input-len"], type=click.IntRange(1), help="Prompt tokens each, without a workload; 256 otherwise."),
+        click.Option(["--output-len"], type=click.IntRange(1), help="Output tokens each, without a workload; 128 otherwise."),
+        click.Option(
+            ["--length-scale"],
+            type=click.FloatRange(0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Multiplies all lengths of a workload, to fit a small model.",
+        ),
+    ]
+
+
+def _result_options() -> list[click.Option]:
+    return [
+        click.Option(["--output-json", "--json", "output_json"], metavar="FILE", help="Write the results to this file too."),
+        click.Option(["--plot"], metavar="FILE.png", help="Draw them; needs light-core[bench]."),
+    ]
+
+
 _add(
     bench,
     "offline",
     "light_core.cli.bench:offline",
-    "Throughput of MODEL in this process with random prompts.",
+    "Throughput of MODEL in this process: all requests of a workload at once, in rounds with fresh prompts.",
     _model_argument(),
-    click.Option(["--num-prompts"], type=click.IntRange(1), default=64, show_default=True, help="Requests."),
-    click.Option(["--input-len"], type=click.IntRange(1), default=256, show_default=True, help="Prompt tokens each."),
-    click.Option(["--output-len"], type=click.IntRange(1), default=128, show_default=True, help="Output tokens each."),
+    *_workload_options("Requests; 64 otherwise, or all of the workload."),
+    click.Option(["--rounds"], type=click.IntRange(1), default=1, show_default=True, help="Rounds that are measured; their median counts."),
+    click.Option(["--warmup-rounds"], type=click.IntRange(0), default=1, show_default=True, help="Rounds before them."),
+    *_result_options(),
     *_engine_options(),
 )
 _add(
     bench,
     "serve",
     "light_core.cli.bench:serve",
-    "Load a running server and report throughput, TTFT, ITL.",
-    click.Option(["--url"], default="http://127.0.0.1:8000", show_default=True, envvar="LIGHT_URL", help="Where it listens."),
+    "Load a running server, Light's or another of the OpenAI API, and report throughput, TTFT, TPOT, ITL.",
+    click.Option(
+        ["--url", "--base-url", "url"], default="http://127.0.0.1:8000", show_default=True, envvar="LIGHT_URL", help="Where it listens."
+    ),
+    click.Option(["--endpoint"], default="/v1/completions", show_default=True, help="Route that takes prompts of token ids."),
     click.Option(["--api-key"], envvar="LIGHT_API_KEY", help="If the server asks for one."),
     click.Option(["--model"], help="Name of the model; the server's first one otherwise."),
-    click.Option(["--num-prompts"], type=click.IntRange(1, 100_000), default=200, show_default=True, help="Requests in all."),
-    click.Option(["--input-len"], type=click.IntRange(1), default=256, show_default=True, help="Prompt tokens each."),
-    click.Option(["--output-len"], type=click.IntRange(1), default=128, show_default=True, help="Output tokens each."),
-    click.Option(["--request-rate"], type=float, help="Requests a second (Poisson); all at once otherwise."),
-    click.Option(["--max-concurrency"], type=click.IntRange(1), default=64, show_default=True, help="Requests at a time."),
+    *_workload_options("Requests of each run; 200 otherwise, or all of the workload."),
+    click.Option(["--request-rate"], metavar="RATE[,RATE]", help="Requests a second, one run for each; all at once otherwise."),
+    click.Option(
+        ["--burstiness"],
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Of arrivals: 1 is a Poisson process, less comes in bursts, more is even.",
+    ),
+    click.Option(
+        ["--max-concurrency"], metavar="N[,N]", help="Requests at a time, one run for each; 64 otherwise, without bound under a rate."
+    ),
+    click.Option(["--goodput"], metavar="NAME:MS[,…]", help="Count requests within bounds of ttft, tpot, e2el: ttft:200,tpot:50."),
+    click.Option(["--metric-percentiles"], default="99", show_default=True, metavar="P[,P]", help="Percentiles of each time."),
+    click.Option(
+        ["--clients"], type=click.IntRange(1, 64), help="Processes that send; one for 64 requests at a time otherwise, 4 at most."
+    ),
+    click.Option(["--timeout"], type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Seconds of one request."),
+    click.Option(["--vocab-size"], type=click.IntRange(2), help="Token ids are below it; as the server says, or 30000, otherwise."),
     click.Option(["--seed"], type=int, default=0, show_default=True, help="Of prompts and arrivals."),
-    click.Option(["--json", "json_path"], help="Write the results to this file too."),
+    click.Option(["--save-detailed"], is_flag=True, help="Keep the times of each request in the JSON."),
+    *_result_options(),
+)
+_add(
+    bench,
+    "step",
+    "light_core.cli.bench:step",
+    """Print the budget of a decode step and of a prefill step of MODEL: floor, kernels, gaps, host.
+
+    The lines of each account add up to the step. --load-format dummy measures a model without its weights.
+    """,
+    _model_argument(),
+    click.Option(["--batch"], default="1,64,256", show_default=True, metavar="N[,N]", help='Requests of decode steps; "" for none.'),
+    click.Option(["--context"], type=click.IntRange(1), default=640, show_default=True, help="Tokens in KV of each of them."),
+    click.Option(["--prefill"], default="8192", show_default=True, metavar="N[,N]", help='Tokens of prefill steps; "" for none.'),
+    click.Option(
+        ["--steps"],
+        type=click.IntRange(2),
+        default=32,
+        show_default=True,
+        help="Decode steps that are measured; an eighth of prefill steps.",
+    ),
+    click.Option(["--top"], type=click.IntRange(0), default=0, show_default=True, help="List so many of the longest kernels."),
+    *_result_options(),
+    *_engine_options(),
 )
 _add(command, "collect-env", "light_core.cli.collect_env:collect_env", "Versions and machine, for a bug report.")

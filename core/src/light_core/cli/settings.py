@@ -8,6 +8,7 @@ import click
 
 from light_core.cli.options import split
 from light_core.config import EngineConfig
+from light_core.media.settings import MediaSettings
 from light_core.processes.settings import ProcessSettings
 from light_core.server.settings import ServerSettings
 
@@ -45,6 +46,7 @@ ENGINE_HELP = {
     "max_total_tokens": "Size of the KV pool, in tokens; measured otherwise.",
     "gpu_memory_utilization": "Share of the GPU's memory that may be used.",
     "enable_prefix_caching": "Keep the KV of finished requests for later ones with the same beginning.",
+    "media_cache_bytes": "Embeddings of images that are kept on the device for later requests.",
     "enforce_eager": "No CUDA graphs.",
     "seed": "Of dummy weights, and offline of requests that name none.",
     "hf_overrides": "JSON object whose entries replace those of config.json.",
@@ -62,6 +64,17 @@ SERVER_FLAGS: dict[str, tuple[str, Any, str]] = {
     "max-queued-requests": ("max_queued", int, "Outputs that may wait; further requests are answered 429."),
     "max-body-bytes": ("max_body_bytes", int, "Longest request body."),
     "max-logprobs": ("max_logprobs", int, "Most likely tokens that a request may ask for."),
+    "max-media-items": ("max_media_items", int, "Images of a request."),
+    "max-media-bytes": ("max_media_bytes", int, "Bytes of an image file."),
+    "max-image-pixels": ("max_image_pixels", int, "Width times height of an image."),
+    "allowed-media-domains": (
+        "allowed_media_domains",
+        str,
+        'Host, or host:port, that image_url may name; may be repeated. Without one only "data:" URLs are taken.',
+    ),
+    "allowed-local-media-path": ("allowed_local_media_path", str, 'Folder that "file://" addresses may read from.'),
+    "media-fetch-timeout": ("fetch_timeout_s", float, "Seconds that fetching an image may take."),
+    "media-memory-bytes": ("media_memory_bytes", int, "Shared memory for preprocessed images, in use and kept."),
     "drain-delay": ("drain_delay_s", float, "Seconds that a stopping server goes on answering 503 before it closes its port."),
     "shutdown-timeout": ("shutdown_timeout_s", float, "Seconds that requests in flight may go on when the server stops."),
     "watchdog-timeout": ("watchdog_timeout_s", float, "Seconds without a step, while there is work, after which the server ends."),
@@ -86,20 +99,32 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "max_total_tokens",
         "gpu_memory_utilization",
         "enable_prefix_caching",
+        "media_cache_bytes",
         "enforce_eager",
         "kernels",
     ),
     "Server": ("host", "port", "served_model_names", "api_keys", "allowed_origins", "chat_template", "generation_config"),
     "Limits of requests": ("max_queued", "max_body_bytes", "max_logprobs"),
+    "Images": (
+        "allowed_media_domains",
+        "allowed_local_media_path",
+        "max_media_items",
+        "max_media_bytes",
+        "max_image_pixels",
+        "fetch_timeout_s",
+        "media_memory_bytes",
+    ),
     "Operation": ("drain_delay_s", "shutdown_timeout_s", "watchdog_timeout_s", "stats_interval_s"),
 }
 """Headings of the help, with the names of the options under each."""
-_REPEATED = ("served_model_names", "api_keys", "allowed_origins")
+_REPEATED = ("served_model_names", "api_keys", "allowed_origins", "allowed_media_domains")
 
 
 def server_options() -> list[click.Option]:
     """Options of the server and its processes."""
-    defaults = {field.name: field.default for kind in (ServerSettings, ProcessSettings) for field in dataclasses.fields(kind)}
+    defaults = {
+        field.name: field.default for kind in (ServerSettings, ProcessSettings, MediaSettings) for field in dataclasses.fields(kind)
+    }
     options = []
     for flag, (name, kind, text) in SERVER_FLAGS.items():
         repeated = name in _REPEATED
@@ -142,7 +167,7 @@ def server_settings(model: str, values: Mapping[str, Any]) -> ServerSettings:
 
 def process_settings(values: Mapping[str, Any]) -> ProcessSettings:
     """The process tree's settings out of parsed options."""
-    return ProcessSettings(**split(values, ProcessSettings))
+    return ProcessSettings(**split(values, ProcessSettings), media=MediaSettings(**split(values, MediaSettings)))
 
 
 def _template(path: str | None) -> str | None:

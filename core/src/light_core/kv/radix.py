@@ -59,6 +59,7 @@ class RadixCache:
         shared_tokens: of nodes with two holders or more.
         num_nodes: roots not counted.
         evicted_tokens: since the start.
+        clock: locks and unlocks since the start; while it stands, so do the holders of every node.
         own_tokens: int64 [num_holders], tokens that this holder alone locks. Their sum plus `shared_tokens` is
             `locked_tokens`, always.
     """
@@ -67,7 +68,7 @@ class RadixCache:
         self.total_tokens = self.locked_tokens = self.shared_tokens = self.num_nodes = self.evicted_tokens = 0
         self.own_tokens = np.zeros(num_holders, dtype=np.int64)
         self._roots: dict[str, Node] = {}
-        self._clock = 0
+        self.clock = 0
         # Candidates for eviction as (time, serial, node). Entries go stale when a node is locked, gets a child or is
         # removed; `_is_candidate` tells. Every unlocked leaf has a valid entry.
         self._heap: list[tuple[int, int, Node]] = []
@@ -110,6 +111,16 @@ class RadixCache:
             return node, found[0], length
         return node, np.concatenate(found) if found else _EMPTY, length
 
+    def covered(self, salt: str, tokens: Tokens) -> int:
+        """How many of `tokens`, from the front, are there; changes nothing."""
+        node, length = self._roots.get(salt), 0
+        while node is not None and length < len(tokens):
+            child = node.children.get(tokens.item(length))
+            common = 0 if child is None else _common_prefix_len(child.tokens, tokens[length:])
+            length += common
+            node = child if child is not None and common == len(child.tokens) else None
+        return length
+
     def insert(self, node: Node, tokens: Tokens, slots: Slots) -> tuple[Node, int]:
         """Adds `tokens` with their `slots` (int32 [n] both; copied) below the path of `node`.
 
@@ -121,7 +132,7 @@ class RadixCache:
         if known == len(tokens):
             return end, known
         leaf = Node(end, tokens[known:].copy(), slots[known:].copy())
-        leaf.time = self._clock
+        leaf.time = self.clock
         end.children[leaf.tokens.item(0)] = leaf
         self.total_tokens += len(leaf.tokens)
         self.num_nodes += 1
@@ -130,7 +141,7 @@ class RadixCache:
 
     def lock(self, node: Node, holder: int, above: Node | None = None) -> None:
         """Adds `holder` to the path of `node`, up to the root or to `above` (excluded), which it locks already."""
-        self._clock += 1
+        self.clock += 1
         step: Node | None = node
         while step is not None and step is not above:
             length = len(step.tokens)
@@ -142,19 +153,19 @@ class RadixCache:
                 self.shared_tokens += length
             step.ref += 1
             step.holders ^= holder
-            step.time = self._clock
+            step.time = self.clock
             step = step.parent
 
     def unlock(self, node: Node, holder: int) -> None:
         """Takes `holder` off the whole path of `node`."""
-        self._clock += 1
+        self.clock += 1
         step: Node | None = node
         while step is not None:
             length, parent = len(step.tokens), step.parent
             assert step.ref > 0, "a node is unlocked that nobody holds"
             step.ref -= 1
             step.holders ^= holder
-            step.time = self._clock
+            step.time = self.clock
             if step.ref == 0:
                 self.own_tokens[holder] -= length
                 self.locked_tokens -= length

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from light_core.engine.requests import EngineRequest
+from light_core.engine.requests import EngineRequest, MediaItem
 from light_core.scheduler.request import ScheduledRequest
 from light_core.scheduler.rows import Rows
 
-__all__ = ["Admitted", "Chunk", "PromptLogprobs", "StepPlan", "create_plan"]
+__all__ = ["Admitted", "Chunk", "MediaChunk", "PromptLogprobs", "StepPlan", "create_plan"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -66,6 +66,16 @@ class Chunk:
     end: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaChunk:
+    """Tokens `begin` … `end` - 1 of an item, which stand at T's index `row` and after it."""
+
+    item: MediaItem
+    begin: int
+    end: int
+    row: int
+
+
 @dataclass(slots=True, eq=False)
 class StepPlan:
     """One step.
@@ -73,7 +83,7 @@ class StepPlan:
     Attributes:
         requests: [B], decodes first, then prefill chunks.
         num_decodes: how many decodes.
-        rows, query_lens, seq_lens: int32 [B], as in `Step`.
+        rows, query_lens, seq_lens, prompt_lens: int32 [B], as in `Step`.
         positions, context_lens, slots: int32 [T], as in `Step`.
         token_ids: int32 [T]; -1 for a decode, whose token is the last that its row sampled, on the device.
         sample_rows: int32 [R], indices into T of the tokens whose successors are sampled: every decode, and the last
@@ -81,10 +91,12 @@ class StepPlan:
         sample_request_rows: int32 [R], rows of the requests that they belong to.
         num_output_tokens: int32 [R], output tokens before the one that is sampled now.
         prompt_logprobs: prompt tokens whose logprobs are wanted.
+        media: items' tokens of this step, in the order of T; their `token_ids` are 0.
         table_rows, table_positions, table_slots: int32 [n], to be written to the slot table before the step: this
             step's tokens, and prefixes found in the cache.
         released_rows: rows whose request has left since the last plan; to be seen to before `admitted`.
         admitted: requests that got a row since the last plan.
+        shared_prefixes: int32 [3, num_decodes], as in `Step`.
         sampled: [R], the scheduler's own records.
         epochs: int64 [R], tells whether a row still has the same request when the samples come back.
     """
@@ -94,6 +106,7 @@ class StepPlan:
     rows: Ints
     query_lens: Ints
     seq_lens: Ints
+    prompt_lens: Ints
     positions: Ints
     context_lens: Ints
     slots: Ints
@@ -107,6 +120,8 @@ class StepPlan:
     sampled: list[ScheduledRequest]
     epochs: npt.NDArray[np.int64]
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    media: list[MediaChunk] = field(default_factory=list)
+    shared_prefixes: Ints | None = None
     released_rows: list[int] = field(default_factory=list)
     admitted: list[Admitted] = field(default_factory=list)
 
@@ -142,6 +157,7 @@ def create_plan(rows: Rows, records: npt.NDArray[np.object_], decodes: npt.NDArr
         rows=decode_rows,
         query_lens=np.ones(count, dtype=np.int32),
         seq_lens=positions + 1,
+        prompt_lens=rows.prompt_len[decodes],
         positions=positions,
         context_lens=positions + 1,
         slots=slots,
@@ -174,6 +190,8 @@ def _add_chunks(plan: StepPlan, rows: Rows, chunks: list[Chunk]) -> None:
         contexts.append(np.maximum(span + 1, prompt_len).astype(np.int32, copy=False))
         slots.append(rows.slots[row, chunk.start : chunk.end])
         tokens.append(rows.tokens[row, chunk.start : chunk.end])
+        if chunk.record.request.media:
+            tokens[-1] = _add_media(plan, chunk, tokens[-1], num_tokens)
         told = int(rows.table_len[row])
         table_rows.append(np.full(chunk.end - told, row, dtype=np.int32))
         table_positions.append(np.arange(told, chunk.end, dtype=np.int32))
@@ -192,6 +210,7 @@ def _add_chunks(plan: StepPlan, rows: Rows, chunks: list[Chunk]) -> None:
     lens = np.array([chunk.end - chunk.start for chunk in chunks], dtype=np.int32)
     plan.query_lens = np.concatenate([plan.query_lens, lens])
     plan.seq_lens = np.concatenate([plan.seq_lens, np.array([chunk.end for chunk in chunks], dtype=np.int32)])
+    plan.prompt_lens = np.concatenate([plan.prompt_lens, rows.prompt_len[chunk_rows]])
     plan.positions, plan.context_lens = np.concatenate(positions), np.concatenate(contexts)
     plan.slots, plan.token_ids = np.concatenate(slots), np.concatenate(tokens)
     plan.table_rows, plan.table_positions = np.concatenate(table_rows), np.concatenate(table_positions)
@@ -201,6 +220,18 @@ def _add_chunks(plan: StepPlan, rows: Rows, chunks: list[Chunk]) -> None:
     plan.sample_request_rows = np.concatenate([plan.sample_request_rows, final])
     plan.num_output_tokens = np.concatenate([plan.num_output_tokens, rows.total[final] - rows.prompt_len[final] - 1])
     plan.epochs = np.concatenate([plan.epochs, rows.epoch[final]])
+
+
+def _add_media(plan: StepPlan, chunk: Chunk, token_ids: Ints, first: int) -> Ints:
+    """Notes the items' tokens in `chunk`, whose first token has index `first`; returns its ids with 0 in their places."""
+    token_ids = token_ids.copy()
+    for item in chunk.record.request.media:
+        start, stop = item.span.start, item.span.start + item.span.num_tokens
+        begin, end = max(start, chunk.start), min(stop, chunk.end)
+        if begin < end:
+            token_ids[begin - chunk.start : end - chunk.start] = 0
+            plan.media.append(MediaChunk(item, begin - start, end - start, first + begin - chunk.start))
+    return token_ids
 
 
 def _add_prompt_logprobs(plan: StepPlan, chunk: Chunk, first: int) -> None:

@@ -26,6 +26,7 @@ from light_core.scheduler.lengths import LengthEstimator
 from light_core.scheduler.plan import Admitted, Chunk, StepPlan, create_plan
 from light_core.scheduler.request import ScheduledRequest, max_output_len
 from light_core.scheduler.rows import Rows
+from light_core.scheduler.sharing import PrefixGroups
 
 __all__ = ["Scheduler"]
 
@@ -65,6 +66,7 @@ class Scheduler:
         self.lengths = LengthEstimator()
         self._admission = Admission(self.pool.capacity, self.rows, self.tree, self.lengths)
         self._records: npt.NDArray[np.object_] = np.empty(num_rows, dtype=object)
+        self._groups = None if self.tree is None else PrefixGroups(self.tree, self.rows, self._records)
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._live: dict[int, ScheduledRequest] = {}
         # By request id. First come first served: every waiting request came later than every running one.
@@ -89,12 +91,16 @@ class Scheduler:
         Raises:
             RequestError: it can never be served, with the numbers; nothing has changed.
         """
-        if request.request_id in self._live:
-            raise RequestError(f"request id {request.request_id} is in use", "request_id")
-        max_tokens = max_output_len(request, self.max_model_len, self.pool.capacity)
+        max_tokens = self.check(request)
         record = ScheduledRequest(request, self._next_arrival, max_tokens, added_s=self._clock())
         self._next_arrival += 1
         self._live[request.request_id] = self._waiting[request.request_id] = record
+
+    def check(self, request: EngineRequest) -> int:
+        """How many tokens `request` may generate, if `add` would take it; raises as that."""
+        if request.request_id in self._live:
+            raise RequestError(f"request id {request.request_id} is in use", "request_id")
+        return max_output_len(request, self.max_model_len, self.pool.capacity)
 
     def abort(self, request_id: int, finish_reason: str = "abort") -> TokenUpdate | None:
         """Ends a request from outside, whatever it is doing; its memory is free at once.
@@ -125,6 +131,12 @@ class Scheduler:
             self.pool.free(self.tree.reset())
         # What the lost plans had to tell the runner: it may not know yet that a row is free.
         self._released_rows = list(range(len(self._records)))
+
+    def cached_len(self, request: EngineRequest) -> int:
+        """How many of the prompt's tokens have KV in the prefix cache as things are; nothing is held for it."""
+        if self.tree is None or request.params.prompt_logprobs is not None or len(request.prompt) > self.max_shared_len:
+            return 0
+        return self.tree.covered(request.salt, request.prompt[: len(request.prompt) - 1])
 
     @property
     def num_unfinished(self) -> int:
@@ -166,6 +178,7 @@ class Scheduler:
         if len(decodes) == 0 and not chunks:
             return None
         plan = create_plan(self.rows, self._records, decodes, chunks)
+        plan.shared_prefixes = None if self._groups is None else self._groups.table(decodes)
         plan.released_rows, self._released_rows = self._released_rows, []
         plan.admitted, self._admitted = self._admitted, []
         self._in_flight.append(plan)
