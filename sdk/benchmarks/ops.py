@@ -24,7 +24,7 @@ from light_sdk import hooks
 from light_sdk.ops.attention import reference as attention_reference
 from light_sdk.ops.attention.decode import decode_attention
 from light_sdk.ops.attention.prefill import prefill_attention
-from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
+from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig, PrefixConfig, decode_config
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 TOLERANCE = 2e-2
@@ -37,6 +37,8 @@ ROWS = (8192, 64)
 WIDTH = 4096
 DECODES = ((256, 640), (64, 640), (16, 32768), (1, 32768))
 """Requests and their length."""
+SHARED = ((1, 512, 2048, 128), (1, 64, 2048, 128), (16, 18, 4096, 128), (1, 8, 32768, 512), (64, 4, 2048, 128))
+"""Groups of decodes, the requests of each, tokens that they share, and tokens of their own."""
 PREFILLS = ((1, 8192, 8192), (8, 1024, 1024), (1, 8192, 2048))
 """Requests, their length, and how many of it are this step's."""
 
@@ -222,6 +224,7 @@ class AttentionInputs:
     q: torch.Tensor
     k_cache: torch.Tensor
     v_cache: torch.Tensor
+    num_tokens_read: int
 
     @property
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Step]:
@@ -235,8 +238,8 @@ class AttentionInputs:
 
     @property
     def num_bytes(self) -> float:
-        """Keys and values of every request once, queries and results once."""
-        kv = int(self.step.seq_lens.sum()) * 2 * NUM_KV_HEADS * HEAD_DIM
+        """Keys and values of every token once, queries and results once."""
+        kv = self.num_tokens_read * 2 * NUM_KV_HEADS * HEAD_DIM
         return (kv + 2 * self.q.numel()) * self.q.element_size()
 
     @property
@@ -268,23 +271,80 @@ def attention_inputs(num_seqs: int, seq_len: int, query_len: int) -> AttentionIn
     )
     q = random(num_seqs * query_len, NUM_HEADS, HEAD_DIM)
     k_cache, v_cache = random(num_slots, NUM_KV_HEADS, HEAD_DIM), random(num_slots, NUM_KV_HEADS, HEAD_DIM)
-    return AttentionInputs(step, torch.full_like(q, math.nan), q, k_cache, v_cache)
+    return AttentionInputs(step, torch.full_like(q, math.nan), q, k_cache, v_cache, num_seqs * seq_len)
+
+
+def shared_inputs(num_groups: int, members: int, shared_len: int, own_len: int, *, is_told: bool = True) -> AttentionInputs:
+    """Decodes in groups that have their first tokens in the same slots; `is_told` says so in the step."""
+    inputs = attention_inputs(num_groups * members, shared_len + own_len, 1)
+    table = inputs.step.slot_table.view(num_groups, members, -1)
+    table[:, 1:, :shared_len] = table[:, :1, :shared_len]
+    inputs.num_tokens_read = num_groups * (shared_len + members * own_len)
+    if is_told:
+        # Members of a group stand far from each other in the batch.
+        decodes = torch.arange(num_groups * members, dtype=torch.int32, device=DEVICE)
+        index = decodes % members
+        inputs.step.shared_prefixes = torch.stack((decodes, torch.full_like(decodes, shared_len), index))
+        order = torch.randperm(len(decodes), device=DEVICE)
+        inputs.step.rows = torch.empty_like(decodes)
+        inputs.step.rows[order] = decodes
+        inputs.step.shared_prefixes[0] = order.int()
+    return inputs
 
 
 def attention_cases(ops: OpTable) -> Iterator[Case]:
     attention = ops.select("attention", num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, alibi=False, window=None)
     for num_seqs, seq_len, query_len in (*((num_seqs, seq_len, 1) for num_seqs, seq_len in DECODES), *PREFILLS):
         inputs = attention_inputs(num_seqs, seq_len, query_len)
-
-        def run(inputs=inputs):
-            attention(*inputs.arguments, HEAD_DIM**-0.5)
-
         name = f"{num_seqs} x {seq_len} decode" if query_len == 1 else f"{num_seqs} x {query_len} of {seq_len} prefill"
-        flops = 0.0 if query_len == 1 else inputs.flops
-        yield Case("attention", name, run, (inputs.out,), inputs.expected, inputs.num_bytes, flops, inputs.step.shared.clear)
+        yield attention_case(attention, name, inputs, 0.0 if query_len == 1 else inputs.flops)
+
+
+def shared_cases(ops: OpTable) -> Iterator[Case]:
+    """Decodes with shared prefixes, beside the first of them read request by request and with nothing to share."""
+    attention = ops.select("attention", num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, alibi=False, window=None)
+    for num_groups, members, shared_len, own_len in SHARED:
+        name = f"{num_groups} x {members} x ({shared_len} shared + {own_len})"
+        inputs = shared_inputs(num_groups, members, shared_len, own_len)
+        flops = 4.0 * NUM_HEADS * HEAD_DIM * num_groups * members * (shared_len + own_len)
+        yield attention_case(attention, name, inputs, flops)
+    yield attention_case(attention, "512 x (2048 shared + 128) not told", shared_inputs(1, 512, 2048, 128, is_told=False))
+    for num_seqs, seq_len in DECODES:
+        inputs = attention_inputs(num_seqs, seq_len, 1)
+        table = torch.zeros(3, num_seqs, dtype=torch.int32, device=DEVICE)
+        table[0] = torch.arange(num_seqs)
+        inputs.step.shared_prefixes = table
+        yield attention_case(attention, f"{num_seqs} x {seq_len} decode, none shared", inputs)
+
+
+def attention_case(attention: Callable[..., object], name: str, inputs: AttentionInputs, flops: float = 0.0) -> Case:
+    def run() -> None:
+        attention(*inputs.arguments, HEAD_DIM**-0.5)
+
+    return Case("attention", name, run, (inputs.out,), inputs.expected, inputs.num_bytes, flops, inputs.step.shared.clear)
 
 
 # --------------------------------------------------------------------------------------------- sweep
+
+
+def sweep_prefix() -> None:
+    """Launch parameters for shared prefixes, by the geometric mean of the times of `SHARED`."""
+    inputs = [shared_inputs(*shape) for shape in SHARED]
+    tiles = [
+        values
+        for values in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3))
+        if values[0] * values[1] <= 128 * 128 and values[0] <= 32 * values[2]
+    ]
+    configs = [
+        PrefixConfig(*tile, programs, waves, 256 // tile[1])
+        for tile in tiles
+        for programs, waves in ((1, 1), (1, 2), (2, 1), (2, 2), (2, 4))
+    ]
+
+    def run(case: AttentionInputs, config: PrefixConfig) -> None:
+        decode_attention(*case.arguments, HEAD_DIM**-0.5, None, None, decode_config(case.q), config)
+
+    sweep("prefix", inputs, configs, run)
 
 
 def sweep_decode() -> None:
@@ -347,19 +407,20 @@ def cases(ops: OpTable, references: OpTable) -> Iterator[Case]:
         for build in (norm_cases, activation_cases, head_cases, linear_cases):
             yield from build(ops, references, rows)
     yield from attention_cases(ops)
+    yield from shared_cases(ops)
 
 
 def report(case: Case, bandwidth: float, flops: float) -> bool:
     """Prints one line; False if the case is wrong."""
     error = case.error()
     if error:
-        print(f"{case.op:12} {case.name:34} {error}", file=sys.stderr)
+        print(f"{case.op:12} {case.name:36} {error}", file=sys.stderr)
         return False
     time = measure(case.run, case.begin_step)
     floor = max(case.num_bytes / bandwidth, case.flops / flops)
     bound_by_compute = case.flops / flops > case.num_bytes / bandwidth
     rate = f"{case.flops / time / 1e12:8.1f} TFLOP/s" if bound_by_compute else f"{case.num_bytes / time / 1e9:8.1f} GB/s   "
-    print(f"{case.op:12} {case.name:34} {time * 1e6:9.1f} us   {rate}   {floor / time:6.1%} of the roofline")
+    print(f"{case.op:12} {case.name:36} {time * 1e6:9.1f} us   {rate}   {floor / time:6.1%} of the roofline")
     return True
 
 
@@ -368,7 +429,7 @@ def main() -> int:
     parser.add_argument("--ops", nargs="*", help="only these ops")
     parser.add_argument("--bandwidth", type=float, default=4.2e12, help="bytes per second that the GPU reads (default: H200)")
     parser.add_argument("--flops", type=float, default=700e12, help="bfloat16 FLOP/s that the GPU reaches (default: H200)")
-    parser.add_argument("--sweep", nargs="?", const="both", choices=("decode", "prefill", "both"), help="tune attention instead")
+    parser.add_argument("--sweep", nargs="?", const="all", choices=("decode", "prefill", "prefix", "all"), help="tune attention instead")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device: these kernels are measured on a GPU", file=sys.stderr)
@@ -376,10 +437,9 @@ def main() -> int:
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {DTYPE}")
     if arguments.sweep:
-        if arguments.sweep in ("decode", "both"):
-            sweep_decode()
-        if arguments.sweep in ("prefill", "both"):
-            sweep_prefill()
+        for kind, tune in (("decode", sweep_decode), ("prefill", sweep_prefill), ("prefix", sweep_prefix)):
+            if arguments.sweep in (kind, "all"):
+                tune()
         return 0
     ops, references = op_table()
     right = [

@@ -1,9 +1,14 @@
 """The weight-plan builder and its transforms."""
 
-import torch
+from pathlib import Path
 
-from light_core.types import Placement
-from light_sdk.weights import WeightPlanBuilder, deinterleave, transpose
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from light_core.engine.weights import load_weights
+from light_core.types import Placement, WeightPlan
+from light_sdk.weights import WeightPlanBuilder, deinterleave, join_plans, nest_plan, transpose
 
 
 def test_merge_stacks_rows() -> None:
@@ -62,3 +67,35 @@ def test_transforms_keep_no_view_of_their_argument() -> None:
         tensor = torch.arange(36.0).view(6, 6)
         done = transform(tensor)
         assert done.is_contiguous() and done.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+
+
+NESTINGS = (
+    ("", ""),
+    ("model.", ""),
+    ("language_model.", "language_model."),
+    ("language_model.model.", "language_model."),
+    ("model.language_model.", ""),
+)
+
+
+def test_a_text_models_plan_within_a_checkpoint_of_more(tmp_path: Path) -> None:
+    builder = WeightPlanBuilder("model.")
+    builder.copy("norm.weight", "post.norm.weight")
+    builder.copy("lm_head.weight", "post.head.weight")
+    builder.ignore(r"drop\d")
+    plan = nest_plan(builder.build(), "model.language_model.", "language_model.")
+    for before, head in NESTINGS:
+        post = nn.Module()
+        post.norm, post.head = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        names = (f"{before}norm.weight", f"{head}lm_head.weight", f"{before}drop1")
+        save_file({name: torch.full((1, 2), 3.0) for name in names}, tmp_path / "model.safetensors")
+        load_weights({"post": post.requires_grad_(False)}, plan, tmp_path, "cpu")
+        assert post.norm.weight.tolist() == post.head.weight.tolist() == [[3.0, 3.0]], before
+
+
+def test_joined_plans_say_what_each_says() -> None:
+    first = WeightPlan((Placement("a", "pre.a"),), {"post.x": "pre.a"}, ("i",), ("p.",), ("f",))
+    second = WeightPlan((Placement("b", "media.image.b"),), {}, ("i", "j"), ("q.", "p."), ("g",))
+    both = join_plans(first, second)
+    assert [placement.source for placement in both.placements] == ["a", "b"] and both.ties == {"post.x": "pre.a"}
+    assert (both.ignored, both.prefixes, both.folders) == (("i", "j"), ("p.", "q."), ("f", "g"))

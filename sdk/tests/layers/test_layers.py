@@ -1,6 +1,7 @@
 """Layers against plain torch: shapes, residuals, in-place effects, and which op each selects."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,3 +169,28 @@ def test_rotary_turns_views_in_place(model: ModelContext, interleaved: bool) -> 
     torch.testing.assert_close(q, turned(before[:, :16].unflatten(-1, (2, 8))))
     torch.testing.assert_close(k, turned(before[:, 16:24].unflatten(-1, (1, 8))))
     assert torch.equal(both[:, 24:], before[:, 24:])
+
+
+def test_finished_linear_computes_the_same_and_can_be_moved(model) -> None:
+    """A head that is tied to the embedding is laid out anew for its kernel; the embedding is not."""
+    if refusal := hooks._accepts_packing({}):
+        pytest.skip(refusal)
+    head, embedding = filled(MergedLinear(model, 16, (20, 10), bias=True)), Embedding(model, 30, 16)
+    embedding.weight = head.weight
+    x, plain = random(5, 16), head.weight.detach().clone()
+    expected = head(x)
+    head.finish_loading()
+    assert head.weight.layout != torch.strided and embedding.weight.layout == torch.strided
+    assert torch.equal(embedding(torch.tensor([3])), plain[3:4])
+    torch.testing.assert_close(head(x), expected)
+    assert [part.shape[1] for part in head.split(x)] == [20, 10]
+    assert torch.equal(head.double().weight, plain.double())
+    assert head.to("meta").weight.device.type == "meta"
+
+
+def test_linear_without_a_layout_of_its_own_keeps_its_weight(model) -> None:
+    plain = replace(model, ops=OpTable(model.ops._registry, Machine("cpu"), "float32", {"linear": "reference"}))
+    linear = filled(MergedLinear(plain, 16, (8,)))
+    weight = linear.weight
+    linear.finish_loading()
+    assert linear.weight is weight

@@ -51,7 +51,17 @@ def dense(batch, scale: float, window: int | None, slopes: torch.Tensor | None) 
     return torch.stack(results).view(batch.q.shape)
 
 
-@pytest.mark.parametrize("implementation", [reference.attention, cpu.attention], ids=["reference", "torch-cpu"])
+def compiled_attention(*arguments) -> None:
+    """The CPU kernel that needs numba."""
+    pytest.importorskip("numba")
+    from light_sdk.ops.attention.compiled import attention
+
+    attention(*arguments)
+
+
+@pytest.mark.parametrize(
+    "implementation", [reference.attention, cpu.attention, compiled_attention], ids=["reference", "torch-cpu", "numba-cpu"]
+)
 @pytest.mark.parametrize("heads", [MHA, GQA, MQA, (3, 3, 80)], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 33])
 @pytest.mark.parametrize("alibi", [False, True])
@@ -136,11 +146,13 @@ def test_plan_covers_every_key_once(num_decodes, window, device, make_batch) -> 
     lens = torch.randint(1, 400, (num_decodes,), generator=torch.Generator().manual_seed(num_decodes)).tolist()
     batch = make_batch(lens, [], GQA, device=device)
     plan = _create_plan(batch.step, batch.q, window, 2, DecodeConfig(16, 4, 2, 30, 1))
-    first_items = plan.first_items.tolist()
-    assert first_items[0] == 0 and first_items[-1] <= plan.items.shape[1] == plan.partial.shape[0]
+    first_parts = plan.first_parts.tolist()
+    assert first_parts[0] == 0 and first_parts[-1] == int(plan.counts[0]) <= plan.items.shape[1] == plan.partial.shape[0]
     for b, seq_len in enumerate(lens):
-        requests, begins, ends = plan.items[:, first_items[b] : first_items[b + 1]].tolist()
+        span = range(first_parts[b], first_parts[b + 1])
+        requests, begins, ends, parts = plan.items[:, span.start : span.stop].tolist()
         assert requests and set(requests) == {b}
+        assert parts == ([-1] if len(span) == 1 else list(span))
         assert begins[0] == (0 if window is None else max(0, seq_len - window)) and ends[-1] == seq_len
         assert begins[1:] == ends[:-1] and all(begin < end for begin, end in zip(begins, ends, strict=True))
 
@@ -151,7 +163,7 @@ def test_plan_spreads_a_long_request(device, make_batch) -> None:
 
     batch = make_batch([16] * 20 + [1600], [], GQA, device=device)
     plan = _create_plan(batch.step, batch.q, None, 2, DecodeConfig(16, 4, 2, 40, 1))
-    counts = plan.first_items.diff().tolist()
+    counts = plan.first_parts.diff().tolist()
     assert counts[:-1] == [1] * 20 and counts[-1] >= 10
 
 
@@ -181,10 +193,10 @@ def test_padding_requests(device, make_batch, tolerances) -> None:
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
 
 
-@pytest.mark.parametrize("path", ["torch-cpu", "triton"])
+@pytest.mark.parametrize("path", ["torch-cpu", "numba-cpu", "triton"])
 def test_neighbours_do_not_matter(path, device, make_batch, tolerances) -> None:
-    if path == "torch-cpu":
-        attention: Callable[..., None] = cpu.attention
+    if path != "triton":
+        attention: Callable[..., None] = cpu.attention if path == "torch-cpu" else compiled_attention
         device = torch.device("cpu")
     else:
         from light_sdk.ops.attention.kernel import attention

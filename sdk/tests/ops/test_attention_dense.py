@@ -4,32 +4,50 @@ import pytest
 import torch
 
 from light_sdk.ops.attention import dense, reference
-from light_sdk.ops.attention.dense import dense_attention, is_worthwhile
+from light_sdk.ops.attention.dense import dense_attention, is_worthwhile, prompts_attention
 
 
-def plain_attention(q_THD, k_NKD, v_NKD, scale, causal):
+def plain_attention(q_BTHD, k_BNKD, v_BNKD, scale, causal):
     """What cuDNN computes, from the definition, in float32."""
-    group = q_THD.shape[1] // k_NKD.shape[1]
-    keys, values = (tensor.float().repeat_interleave(group, 1) for tensor in (k_NKD, v_NKD))
-    scores = torch.einsum("qhd,khd->hqk", q_THD.float(), keys) * scale
+    group = q_BTHD.shape[2] // k_BNKD.shape[2]
+    keys, values = (tensor.float().repeat_interleave(group, 2) for tensor in (k_BNKD, v_BNKD))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q_BTHD.float(), keys) * scale
     if causal:
-        assert scores.shape[1] == scores.shape[2]
-        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
-    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
-    return out.to(q_THD.dtype), scores.logsumexp(-1).transpose(0, 1)[..., None]
+        assert scores.shape[2] == scores.shape[3]
+        hidden = torch.ones(scores.shape[2:], device=scores.device).triu(1).bool()
+        scores = scores.masked_fill(hidden, float("-inf"))
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+    return out.to(q_BTHD.dtype), scores.logsumexp(-1).transpose(1, 2)
 
 
-@pytest.mark.parametrize(("seq_len", "query_len"), [(64, 64), (70, 70), (128, 64), (200, 64), (201, 33), (330, 200), (193, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("seq_len", "query_len"), [(64, 64), (70, 70), (128, 64), (200, 64), (201, 33), (330, 200), (193, 1), (288, 32)], ids=str
+)
 @pytest.mark.parametrize("heads", [(4, 4, 16), (6, 2, 16)], ids=str)
-def test_cut_and_merged_is_whole(seq_len, query_len, heads, make_batch, tolerances, monkeypatch) -> None:
+@pytest.mark.parametrize("is_new_dense", [False, True])
+def test_cut_and_merged_is_whole(seq_len, query_len, heads, is_new_dense, device, make_batch, tolerances, monkeypatch) -> None:
     monkeypatch.setattr(dense, "BUCKET", 32)
     monkeypatch.setattr(dense, "PIECE", 64)
-    batch = make_batch([], [(seq_len, query_len)], heads)
+    batch = make_batch([], [(seq_len, query_len)], heads, device=device)
     step = batch.step
     expected = torch.full_like(batch.out, float("nan"))
     reference.attention(expected, *batch.arguments[1:], 0.3)
     slots = step.slot_table[int(step.rows[0]), :seq_len].long()
-    dense_attention(batch.out, batch.q, batch.k_cache, batch.v_cache, slots, 0.3, plain_attention)
+    new = (batch.k_cache[step.slots], batch.v_cache[step.slots]) if is_new_dense else ()
+    dense_attention(batch.out, batch.q, batch.k_cache, batch.v_cache, slots, 0.3, *new, attend=plain_attention)
+    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_prompts_of_one_length(num_prompts, make_batch, tolerances) -> None:
+    """Read where they lie: views of one product's output."""
+    batch = make_batch([], [(32, 32)] * num_prompts, (6, 2, 16))
+    expected = torch.full_like(batch.out, float("nan"))
+    reference.attention(expected, *batch.arguments[1:], 0.3)
+    parts = (batch.q, batch.k_cache[batch.step.slots], batch.v_cache[batch.step.slots])
+    fused = torch.cat([part.flatten(1) for part in parts], dim=1)
+    q, k, v = (part.unflatten(-1, (-1, 16)) for part in fused.split((96, 32, 32), dim=1))
+    prompts_attention(batch.out, q, k, v, num_prompts, 0.3, plain_attention)
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
 
 
@@ -48,10 +66,13 @@ def test_lengths_worth_it() -> None:
         [(9000, 2048), (40, 3)],
         [(20000, 600), (8700, 256), (17, 17)],
         [(513, 513), (3001, 2777)],
+        [(1024, 1024), (1024, 1024), (300, 300), (2048, 2048), (512, 512)],
+        [(10240, 2048), (4096, 4096), (4096, 4096)],
     ],
     ids=str,
 )
-def test_with_cudnn(prefills, dtype, make_batch, tolerances) -> None:
+@pytest.mark.parametrize("is_new_dense", [False, True])
+def test_with_cudnn(prefills, dtype, is_new_dense, make_batch, tolerances) -> None:
     """Mixed with decodes and short chunks; slots are random and unused ones NaN."""
     from light_sdk.ops.attention.hopper import attention
 
@@ -59,5 +80,6 @@ def test_with_cudnn(prefills, dtype, make_batch, tolerances) -> None:
     batch.step.prefill_lens = tuple((query_len, seq_len) for seq_len, query_len in prefills)
     expected = torch.full_like(batch.out, float("nan"))
     reference.attention(expected, *batch.arguments[1:], 128**-0.5)
-    attention(*batch.arguments, 128**-0.5)
+    new = [cache[batch.step.slots] for cache in (batch.k_cache, batch.v_cache)] if is_new_dense else [None, None]
+    attention(*batch.arguments, 128**-0.5, None, None, *new)
     torch.testing.assert_close(batch.out, expected, **tolerances(dtype))

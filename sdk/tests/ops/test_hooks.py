@@ -1,6 +1,6 @@
 """Registration: every op is declared, every target exists, and each machine gets the kernel that is meant for it."""
 
-import importlib
+import importlib.util
 import inspect
 import json
 import subprocess
@@ -13,8 +13,28 @@ from light_core.ops import KernelRegistry, Machine, OpTable
 from light_sdk import hooks
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
 
-OPS = ("act_and_mul", "activation", "attention", "layer_norm", "linear", "rms_norm", "rotary", "write_kv")
+OPS = (
+    "act_and_mul",
+    "activation",
+    "attention",
+    "fused_experts",
+    "fused_experts_fp8_block",
+    "gated_linear",
+    "layer_norm",
+    "linear",
+    "linear_fp8_block",
+    "mla_attention",
+    "rms_norm",
+    "rotary",
+    "rotary_kv",
+    "route_experts",
+    "write_kv",
+    "write_latent",
+)
 HOPPER, TURING, CPU = Machine("cuda", (9, 0), "NVIDIA H200"), Machine("cuda", (7, 5), "T4"), Machine("cpu")
+
+
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 @pytest.fixture
@@ -32,7 +52,8 @@ def test_declares_the_ops(registry) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_have_the_signature_of_the_reference(op, registry) -> None:
     kernels = registry.kernels(op)
-    signatures = {kernel.name: str(inspect.signature(kernel.load({}))) for kernel in kernels}
+    there = [kernel for kernel in kernels if HAS_NUMBA or kernel.name != "numba-cpu"]
+    signatures = {kernel.name: str(inspect.signature(kernel.load({}))) for kernel in there}
     assert set(signatures.values()) == {signatures["reference"]}
 
 
@@ -50,9 +71,18 @@ def test_selection(op, registry) -> None:
     for machine, table in chosen.items():
         table.select(op, **facts)
         names[machine] = table.choices[0].kernel
-    assert names[HOPPER] == {"linear": "reference", "attention": "triton+cudnn"}.get(op, "triton")
+    assert names[HOPPER] == {"linear": "triton+torch", "attention": "triton+cudnn"}.get(op, "triton")
     assert names[TURING] == "reference"
-    assert names[CPU] == ("torch-cpu" if op in ("attention", "layer_norm") else "reference")
+    assert names[CPU] == on_cpu(op)
+
+
+def on_cpu(op: str) -> str:
+    """The kernel that a CPU gets in bfloat16."""
+    if op == "linear":
+        return "reference" if hooks._accepts_packing_bfloat16({}) else "onednn-bf16"
+    if op in hooks.COMPILED_OPS and HAS_NUMBA:
+        return "numba-cpu"
+    return "torch-cpu" if op in hooks.CPU_OPS else "reference"
 
 
 @pytest.mark.parametrize(

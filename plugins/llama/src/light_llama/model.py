@@ -32,13 +32,12 @@ class SelfAttention(nn.Module):
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.head_dim = shape.head_dim
         self.qkv = MergedLinear(model, shape.hidden_size, (q_size, kv_size, kv_size), shape.attention_bias)
-        self.rotary = Rotary(model, shape.head_dim, shape.rope.rotary_dim)
-        self.attention = Attention(model, shape.num_heads, shape.num_kv_heads, shape.head_dim, window=shape.window)
+        rotary = Rotary(model, shape.head_dim, shape.rope.rotary_dim)
+        self.attention = Attention(model, shape.num_heads, shape.num_kv_heads, shape.head_dim, window=shape.window, rotary=rotary)
         self.out = Linear(model, q_size, shape.hidden_size, shape.attention_bias)
 
     def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
         q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x))
-        self.rotary(q_THD, k_TKD, step)
         return self.out(self.attention(q_THD, k_TKD, v_TKD, step, kv))
 
 

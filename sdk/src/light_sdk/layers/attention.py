@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from light_core.types import KVView, ModelContext, Step
+from light_sdk.layers.rotary import Rotary
 
 __all__ = ["Attention", "alibi_slopes"]
 
@@ -26,7 +27,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 class Attention(nn.Module):
-    """Writes the step's keys and values to the layer's KV, then attends causally over each request's past.
+    """Writes the step's keys and values to the layer's KV, rotated where asked for, then attends causally over each
+    request's past.
 
     Args:
         model: the model being built.
@@ -36,6 +38,7 @@ class Attention(nn.Module):
         scale: of the scores; None is head_dim ** -0.5.
         window: a query sees itself and the `window - 1` tokens before it; None for all.
         slopes: of ALiBi, one a head; None for no bias.
+        rotary: rotates queries and keys on their way; None where there is no rotation, or it has been done.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Attention(nn.Module):
         scale: float | None = None,
         window: int | None = None,
         slopes: Sequence[float] | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -54,14 +58,18 @@ class Attention(nn.Module):
         self.window = window
         values = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=model.device)
         self.register_buffer("slopes", values, persistent=False)
+        self.rotary = rotary
         self._write_kv = model.ops.select("write_kv", num_kv_heads=num_kv_heads, head_dim=head_dim)
         self._attention = model.ops.select(
             "attention", num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, alibi=slopes is not None, window=window
         )
 
     def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
-        """A new `[T, H * D]`; `kv` takes the keys and values at `step.slots`."""
-        self._write_kv(k_TKD, v_TKD, kv["k"], kv["v"], step.slots)
+        """A new `[T, H * D]`; `kv` takes the keys and values at `step.slots`. Rotation overwrites `q_THD` and `k_TKD`."""
+        if self.rotary is None:
+            self._write_kv(k_TKD, v_TKD, kv["k"], kv["v"], step.slots)
+        else:
+            self.rotary.write(q_THD, k_TKD, v_TKD, step, kv)
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        self._attention(out_THD, q_THD, kv["k"], kv["v"], step, self.scale, self.window, self.slopes)
+        self._attention(out_THD, q_THD, kv["k"], kv["v"], step, self.scale, self.window, self.slopes, k_TKD, v_TKD)
         return out_THD.flatten(1)

@@ -1,6 +1,7 @@
 """Products with a weight: one output, several outputs in one weight, token embedding, and the language-model head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import nn
@@ -24,6 +25,22 @@ class Linear(nn.Module):
         """`[…, in_features]` to a new `[…, out_features]`."""
         out: torch.Tensor = self._linear(x, self.weight, self.bias)
         return out
+
+    def finish_loading(self) -> None:
+        """Lays the weight out as the op reads it best, where the op has such a layout: it is opaque to others then.
+
+        The engine calls it once, when all weights are loaded. An embedding that is tied to the weight keeps its own.
+        """
+        pack = getattr(self._linear, "pack", None)
+        if pack is not None:
+            self.weight = nn.Parameter(pack(self.weight.data), requires_grad=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # Opaque layouts cannot be moved or converted.
+        if self.weight.layout != torch.strided:
+            self.weight = nn.Parameter(self.weight.data.to_dense(), requires_grad=False)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class MergedLinear(Linear):

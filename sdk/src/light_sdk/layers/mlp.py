@@ -28,29 +28,37 @@ class GatedMLP(nn.Module):
         self.activation = canonical_name(activation)
         self.gate_up = MergedLinear(model, hidden_size, (intermediate_size, intermediate_size), bias)
         self.down = Linear(model, intermediate_size, hidden_size, bias)
-        self._act_and_mul = model.ops.select("act_and_mul", activation=self.activation, intermediate_size=intermediate_size)
+        self._gated_linear = model.ops.select(
+            "gated_linear", activation=self.activation, in_features=hidden_size, intermediate_size=intermediate_size
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, E]` to a new `[T, E]`."""
-        both = self.gate_up(x)
-        inner = both.new_empty(both.shape[0], both.shape[1] // 2)
-        self._act_and_mul(inner, both, self.activation)
-        out: torch.Tensor = self.down(inner)
+        out: torch.Tensor = self.down(self._gated_linear(x, self.gate_up.weight, self.gate_up.bias, self.activation))
         return out
 
 
 class MLP(nn.Module):
-    """down(act(up(x))); parameters "up.…" and "down.…". Arguments as those of `GatedMLP`."""
+    """down(act(up(x))); parameters "up.…" and "down.…". Arguments as those of `GatedMLP`; `output_size` is the width of the
+    result, that of the input if None."""
 
-    def __init__(self, model: ModelContext, hidden_size: int, intermediate_size: int, activation: str, bias: bool = True) -> None:
+    def __init__(
+        self,
+        model: ModelContext,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        bias: bool = True,
+        output_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.activation = canonical_name(activation)
         self.up = Linear(model, hidden_size, intermediate_size, bias)
-        self.down = Linear(model, intermediate_size, hidden_size, bias)
+        self.down = Linear(model, intermediate_size, hidden_size if output_size is None else output_size, bias)
         self._activation = model.ops.select("activation", activation=self.activation, intermediate_size=intermediate_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, E]` to a new `[T, E]`."""
+        """`[T, hidden_size]` to a new `[T, output_size]`."""
         inner = self.up(x)
         self._activation(inner, inner, self.activation)
         out: torch.Tensor = self.down(inner)

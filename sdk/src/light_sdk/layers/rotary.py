@@ -3,12 +3,26 @@
 import torch
 from torch import nn
 
-from light_core.types import ModelContext, Step
+from light_core.types import KVView, ModelContext, Step
 from light_sdk.layers.rope import RopeParameters
 
-__all__ = ["Rotary", "RotaryEmbedding"]
+__all__ = ["Rotary", "RotaryEmbedding", "share_rotation", "shared_rotation"]
 
 _SHARED = "rotary_cos_sin"
+
+
+def share_rotation(step: Step, cos_sin: torch.Tensor) -> None:
+    """Leaves `cos_sin` (float32 `[T, rotary_dim]`, cosines before sines) in `step.shared` for every layer's `Rotary`.
+
+    For a family whose frequencies follow a rule of its own; `RotaryEmbedding` does it by itself.
+    """
+    step.shared[_SHARED] = cos_sin
+
+
+def shared_rotation(step: Step) -> torch.Tensor:
+    """The cosines and sines that the pre layer left for this step, float32 `[T, rotary_dim]`."""
+    cos_sin: torch.Tensor = step.shared[_SHARED]
+    return cos_sin
 
 
 class RotaryEmbedding(nn.Module):
@@ -52,7 +66,7 @@ class RotaryEmbedding(nn.Module):
             cos_sin = self.table.index_select(0, step.positions + is_long * self.max_len)
         else:
             cos_sin = self.table.index_select(0, step.positions)
-        step.shared[_SHARED] = cos_sin
+        share_rotation(step, cos_sin)
         return cos_sin
 
 
@@ -70,7 +84,12 @@ class Rotary(nn.Module):
         super().__init__()
         self.interleaved = interleaved
         self._rotary = model.ops.select("rotary", head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved)
+        self._rotary_kv = model.ops.select("rotary_kv", head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved)
 
     def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, step: Step) -> None:
         """Overwrites `q_THD` and `k_TKD`, which may be views of one tensor."""
         self._rotary(q_THD, k_TKD, step.shared[_SHARED], self.interleaved)
+
+    def write(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView) -> None:
+        """As `forward`, and stores keys and values in `kv` at `step.slots`."""
+        self._rotary_kv(q_THD, k_TKD, v_TKD, step.shared[_SHARED], kv["k"], kv["v"], step.slots, self.interleaved)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from light_sdk.ops.activation.kernel import apply_activation
 from light_sdk.ops.activation.reference import canonical_name
+from light_sdk.ops.dependent import dependent, release, wait
 
 __all__ = ["act_and_mul"]
 
@@ -21,7 +22,10 @@ def _act_and_mul_kernel(
     SIZE: tl.constexpr,
     NAME: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    release(DEPENDENT)
+    wait(DEPENDENT)
     t = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < SIZE
@@ -40,5 +44,13 @@ def act_and_mul(out_TI: torch.Tensor, x_T2I: torch.Tensor, activation: str) -> N
     assert out_TI.stride(-1) == x_T2I.stride(-1) == 1
     block = min(triton.next_power_of_2(size), MAX_BLOCK)
     _act_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
-        out_TI, x_T2I, out_TI.stride(0), x_T2I.stride(0), SIZE=size, NAME=name, BLOCK=block, num_warps=4
+        out_TI,
+        x_T2I,
+        out_TI.stride(0),
+        x_T2I.stride(0),
+        SIZE=size,
+        NAME=name,
+        BLOCK=block,
+        num_warps=4,
+        **dependent(x_T2I.device),
     )

@@ -3,8 +3,13 @@
 Three kernels. `_plan_kernel` cuts the requests of a step into items of about equal length, from `seq_lens` on the
 device, so that a captured CUDA graph stays right for every length and one long request among short ones is spread
 over the GPU; it runs once a step, its result lives in `step.shared`. `_decode_kernel` attends one item for all query
-heads of one key/value head (padded to the 16 rows that tensor cores take). `_combine_kernel` joins the items of
-requests that were split.
+heads of one key/value head (padded to the 16 rows that tensor cores take). `_combine_kernel` joins the parts of
+requests that were split. It is a kernel of its own, with many small programs: an item's program that joined the parts
+at its end would keep the next item off its processor (77 microseconds for 52 at 64 requests of 640 tokens on an H200),
+and a few programs that took one request after the other would be slower too (59).
+
+Where `step.shared_prefixes` is there, requests are taken in its order; what a group shares is cut off, attended tile by
+tile in `prefix.py`, and joined as one more part of each member. With a window or slopes it is not made use of.
 
 Sizes on the host depend on the number of requests and on `max_seq_len` alone. Bound by memory: K and V are read once.
 Sources: Dao et al. 2023, "Flash-Decoding for long-context inference"; token-indexed KV as in LightLLM's TokenAttention.
@@ -17,77 +22,150 @@ import triton
 import triton.language as tl
 
 from light_core.types import Step
-from light_sdk.ops.attention.tuning import DecodeConfig, num_processors
+from light_sdk.ops.attention.prefix import PrefixTiling, prefix_attention, prefix_tiling
+from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, num_processors, prefix_config
+from light_sdk.ops.dependent import dependent, release, wait
 
 __all__ = ["decode_attention"]
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_GROUP_TILE = 64
-COMBINE_BLOCK = 16
+MIN_BLOCK_B = 256  # small batches plan with one kernel, compiled when graphs are captured
+COMBINED_PARTS = 16  # of one request and head, at a time
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Items of one step, and room for their results.
+    """Items and tiles of one step, and room for their results. A place is a request's index in
+    `step.shared_prefixes[0]`, or its index in the step where nothing is shared.
 
     Attributes:
-        first_items: int32 [num_decodes + 1], items first_items[b] … first_items[b + 1] - 1 are of request b; the last
-            entry is the number of items, at least one for each request.
-        items: int32 [3, max_items]: request, first key position, end of the key positions.
-        partial: float32 [max_items, H, D], softmax-weighted values of an item.
-        lse: float32 [max_items, H], logarithm to base 2 of an item's sum of exponentials.
-        may_split: whether any request can have more than one item.
+        first_parts: int32 [num_decodes + 1], parts first_parts[i] … first_parts[i + 1] - 1 are of the request at place
+            i, those of a shared prefix first; at least one for each.
+        items: int32 [4, max_items]: request, first key position, end of the key positions, and its part, or -1 where
+            it is the request's only one and goes straight to the output.
+        tiles: int32 [4, max_tiles], as `prefix_attention` has them; [4, 0] where nothing is shared.
+        counts: int32 [2], how many items and tiles there are.
+        partial: float32 [max_parts, H, D], softmax-weighted values of a part.
+        lse: float32 [max_parts, H], logarithm to base 2 of a part's sum of exponentials.
     """
 
-    first_items: torch.Tensor
+    first_parts: torch.Tensor
     items: torch.Tensor
+    tiles: torch.Tensor
+    counts: torch.Tensor
     partial: torch.Tensor
     lse: torch.Tensor
-    may_split: bool
 
 
-@triton.jit(do_not_specialize=["seq_lens_ptr", "num_decodes", "budget", "min_blocks", "window"])
+@triton.jit
+def _cut(
+    table_ptr: tl.tensor,
+    stride: tl.tensor,
+    first_entry: tl.tensor,
+    owner: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    splits: tl.tensor,
+    first_part: tl.tensor,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+) -> None:
+    """Writes `splits` entries (owner, first key, end of the keys, part) that cover the keys begin … end - 1."""
+    # Parts differ by a block at most; this rounding leaves none of them empty.
+    blocks = (end - begin + BLOCK_N - 1) // BLOCK_N
+    length = (blocks + splits - 1) // tl.maximum(splits, 1) * BLOCK_N
+    split = tl.arange(0, BLOCK_SPLITS)
+    entry, mask, begins = table_ptr + first_entry + split, split < splits, begin + split * length
+    tl.store(entry, owner + tl.zeros_like(split), mask=mask)
+    tl.store(entry + stride, begins, mask=mask)
+    tl.store(entry + 2 * stride, tl.minimum(begins + length, end), mask=mask)
+    tl.store(entry + 3 * stride, tl.where(first_part < 0, -1, first_part + split), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("seq_lens_ptr", "shared_ptr", "items_stride", "tiles_stride", "shared_stride", "num_decodes"),
+        *("budget", "min_blocks", "prefix_budget", "prefix_min_blocks", "window"),
+    ]
+)
 def _plan_kernel(
     seq_lens_ptr: tl.tensor,
-    first_items_ptr: tl.tensor,
+    shared_ptr: tl.tensor,
+    first_parts_ptr: tl.tensor,
     items_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
     items_stride: tl.tensor,
+    tiles_stride: tl.tensor,
+    shared_stride: tl.tensor,
     num_decodes: tl.tensor,
     budget: tl.tensor,
     min_blocks: tl.tensor,
+    prefix_budget: tl.tensor,
+    prefix_min_blocks: tl.tensor,
     window: tl.tensor,
     HAS_WINDOW: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    TILE_REQUESTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PREFIX_BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
-    """One program a request. Each counts the blocks of all requests, so none waits for another."""
-    request = tl.program_id(0)
+    """One program a place. Each counts the blocks of all requests, so none waits for another."""
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    place = tl.program_id(0)
     index = tl.arange(0, BLOCK_B)
-    seq_lens = tl.load(seq_lens_ptr + index, mask=index < num_decodes, other=0)
+    exists, here, before = index < num_decodes, index == place, index < place
+    requests = index
+    if HAS_SHARED:
+        requests = tl.load(shared_ptr + index, mask=exists, other=0)
+    seq_lens = tl.load(seq_lens_ptr + requests, mask=exists, other=0)
     visible = tl.minimum(seq_lens, window) if HAS_WINDOW else seq_lens
+    if HAS_SHARED:
+        shared = tl.load(shared_ptr + shared_stride + index, mask=exists, other=0)
+        visible = seq_lens - shared
     blocks = (visible + BLOCK_N - 1) // BLOCK_N
     chunk = tl.maximum((tl.sum(blocks, axis=0) + budget - 1) // budget, min_blocks)
-    splits = tl.where(index < num_decodes, tl.maximum((blocks + chunk - 1) // chunk, 1), 0)
-    first = tl.sum(tl.where(index < request, splits, 0), axis=0)
-    own_splits = tl.sum(tl.where(index == request, splits, 0), axis=0)
-    own_blocks = tl.sum(tl.where(index == request, blocks, 0), axis=0)
-    own_visible = tl.sum(tl.where(index == request, visible, 0), axis=0)
-    end = tl.sum(tl.where(index == request, seq_lens, 0), axis=0)
-    # Parts of one request differ by a block at most; this rounding leaves none of them empty.
-    length = (own_blocks + own_splits - 1) // own_splits * BLOCK_N
-    part = tl.arange(0, BLOCK_ITEMS)
-    begins = end - own_visible + part * length
-    item = items_ptr + first + part
-    tl.store(item, request + tl.zeros_like(part), mask=part < own_splits)
-    tl.store(item + items_stride, begins, mask=part < own_splits)
-    tl.store(item + 2 * items_stride, tl.minimum(begins + length, end), mask=part < own_splits)
-    tl.store(first_items_ptr + request, first)
-    if request == num_decodes - 1:
-        tl.store(first_items_ptr + num_decodes, first + own_splits)
+    splits = tl.where(exists, tl.maximum((blocks + chunk - 1) // chunk, 1), 0)
+    parts = splits
+    if HAS_SHARED:
+        members = tl.load(shared_ptr + 2 * shared_stride + index, mask=exists, other=0)
+        is_first = (shared > 0) & (members % TILE_REQUESTS == 0)
+        tile_blocks = (shared + PREFIX_BLOCK_N - 1) // PREFIX_BLOCK_N
+        all_blocks = tl.sum(tl.where(is_first, tile_blocks, 0), axis=0)
+        tile_chunk = tl.maximum((all_blocks + prefix_budget - 1) // prefix_budget, prefix_min_blocks)
+        tile_splits = (tile_blocks + tile_chunk - 1) // tile_chunk
+        parts += tile_splits
+
+    request = tl.sum(tl.where(here, requests, 0), axis=0)
+    end = tl.sum(tl.where(here, seq_lens, 0), axis=0)
+    own_begin = end - tl.sum(tl.where(here, visible, 0), axis=0)
+    own_splits = tl.sum(tl.where(here, splits, 0), axis=0)
+    own_parts = tl.sum(tl.where(here, parts, 0), axis=0)
+    first_item = tl.sum(tl.where(before, splits, 0), axis=0)
+    first_part = tl.sum(tl.where(before, parts, 0), axis=0)
+    item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
+    _cut(items_ptr, items_stride, first_item, request, own_begin, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
+    tl.store(first_parts_ptr + place, first_part)
+    if HAS_SHARED:
+        tiles = tl.where(is_first, tile_splits, 0)
+        own_tiles = tl.sum(tl.where(here, tiles, 0), axis=0)
+        own_shared = tl.sum(tl.where(here, shared, 0), axis=0)
+        first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
+        _cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, PREFIX_BLOCK_N, BLOCK_TILES)
+        if place == num_decodes - 1:
+            tl.store(counts_ptr + 1, first_tile + own_tiles)
+    if place == num_decodes - 1:
+        tl.store(first_parts_ptr + num_decodes, first_part + own_parts)
+        tl.store(counts_ptr, first_item + own_splits)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "seq_lens_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["seq_lens_ptr", "rows_ptr"])
 def _decode_kernel(
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
@@ -96,7 +174,7 @@ def _decode_kernel(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     slopes_ptr: tl.tensor,
-    first_items_ptr: tl.tensor,
+    num_items_ptr: tl.tensor,
     items_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
     rows_ptr: tl.tensor,
@@ -111,7 +189,6 @@ def _decode_kernel(
     v_stride_s: tl.tensor,
     v_stride_h: tl.tensor,
     slot_table_stride: tl.tensor,
-    num_decodes: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -120,10 +197,13 @@ def _decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """A grid of items by key/value heads (times tiles of a group that is larger than BLOCK_G)."""
+    release(DEPENDENT)
+    wait(DEPENDENT)
     item = tl.program_id(0)
-    if item >= tl.load(first_items_ptr + num_decodes):
+    if item >= tl.load(num_items_ptr):
         return
     group_tiles: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     kv_head = tl.program_id(1) // group_tiles
@@ -137,6 +217,7 @@ def _decode_kernel(
     request = tl.load(items_ptr + item)
     begin = tl.load(items_ptr + items_stride + item)
     end = tl.load(items_ptr + 2 * items_stride + item)
+    part = tl.load(items_ptr + 3 * items_stride + item)
     token = request.to(tl.int64)
     query_position = tl.load(seq_lens_ptr + request) - 1
     slots_ptr = slot_table_ptr + tl.load(rows_ptr + request).to(tl.int64) * slot_table_stride
@@ -169,45 +250,51 @@ def _decode_kernel(
 
     # Without a key (padding of a graph) the result is 0, not 0 / 0.
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    if tl.load(first_items_ptr + request + 1) - tl.load(first_items_ptr + request) == 1:
+    if part < 0:
         rows = out_ptr + token * out_stride_t + heads[:, None] * out_stride_h + d[None, :]
         tl.store(rows, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
-        cells = item.to(tl.int64) * NUM_HEADS + heads
+        cells = part.to(tl.int64) * NUM_HEADS + heads
         tl.store(partial_ptr + cells[:, None] * HEAD_DIM + d[None, :], acc, mask=q_mask)
         tl.store(lse_ptr + cells, highest + tl.log2(total), mask=head_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shared_ptr"])
 def _combine_kernel(
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     lse_ptr: tl.tensor,
-    first_items_ptr: tl.tensor,
+    first_parts_ptr: tl.tensor,
+    shared_ptr: tl.tensor,
     out_stride_t: tl.tensor,
     out_stride_h: tl.tensor,
+    HAS_SHARED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
-    """A grid of requests by query heads: the items of a request, weighted by their sums of exponentials."""
-    request, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(first_items_ptr + request)
-    end = tl.load(first_items_ptr + request + 1)
+    """A grid of places by query heads: the parts of a request, weighted by their sums of exponentials."""
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    place, head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(first_parts_ptr + place)
+    end = tl.load(first_parts_ptr + place + 1)
     if end - begin == 1:
         return
+    request = tl.load(shared_ptr + place) if HAS_SHARED else place
     d = tl.arange(0, BLOCK_D)
     d_mask = d < HEAD_DIM
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_ITEMS):
-        item = start + tl.arange(0, BLOCK_ITEMS)
-        item_mask = item < end
-        cells = item.to(tl.int64) * NUM_HEADS + head
-        lse = tl.load(lse_ptr + cells, mask=item_mask, other=float("-inf"))
-        mask = item_mask[:, None] & d_mask[None, :]
+    for start in range(begin, end, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        part_mask = part < end
+        cells = part.to(tl.int64) * NUM_HEADS + head
+        lse = tl.load(lse_ptr + cells, mask=part_mask, other=float("-inf"))
+        mask = part_mask[:, None] & d_mask[None, :]
         partial = tl.load(partial_ptr + cells[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
         new_highest = tl.maximum(highest, tl.max(lse, axis=0))
         decay = tl.exp2(highest - new_highest)
@@ -229,10 +316,12 @@ def decode_attention(
     window: int | None,
     alibi_slopes: torch.Tensor | None,
     config: DecodeConfig,
+    prefixes: PrefixConfig | None = None,
 ) -> None:
     """Attention of the first `step.num_decodes` requests; the arguments are those of the op `attention`.
 
-    The first call of a step adds its plan to `step.shared`. Never synchronises.
+    `prefixes` are the launch parameters for shared prefixes, those of the GPU if None. The first call of a step adds
+    its plan to `step.shared`. Never synchronises.
     """
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads = k_cache_SKD.shape[1]
@@ -240,7 +329,24 @@ def decode_attention(
     block_g = max(16, min(triton.next_power_of_2(group), MAX_GROUP_TILE))
     block_d = max(16, triton.next_power_of_2(head_dim))
     programs_per_item = num_kv_heads * triton.cdiv(group, block_g)
-    plan = _plan(step, q_THD, window, programs_per_item, config)
+    tiling = None
+    if step.shared_prefixes is not None and window is None and alibi_slopes is None:
+        tiling = prefix_tiling(step, num_heads, num_kv_heads, prefixes or prefix_config(q_THD))
+    plan = _plan(step, q_THD, window, programs_per_item, config, tiling)
+    if tiling is not None:
+        prefix_attention(
+            plan.partial,
+            plan.lse,
+            q_THD,
+            k_cache_SKD,
+            v_cache_SKD,
+            step,
+            scale,
+            plan.first_parts,
+            plan.tiles,
+            plan.counts[1:],
+            tiling,
+        )
     _decode_kernel[(plan.items.shape[1], programs_per_item)](
         out_THD,
         plan.partial,
@@ -249,7 +355,7 @@ def decode_attention(
         k_cache_SKD,
         v_cache_SKD,
         plan.lse if alibi_slopes is None else alibi_slopes,
-        plan.first_items,
+        plan.counts,
         plan.items,
         step.seq_lens,
         step.rows,
@@ -264,7 +370,6 @@ def decode_attention(
         v_cache_SKD.stride(0),
         v_cache_SKD.stride(1),
         step.slot_table.stride(0),
-        step.num_decodes,
         scale,
         NUM_HEADS=num_heads,
         GROUP=group,
@@ -275,61 +380,89 @@ def decode_attention(
         BLOCK_D=block_d,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **dependent(q_THD.device),
     )
-    if plan.may_split:
-        _combine_kernel[(step.num_decodes, num_heads)](
-            out_THD,
-            plan.partial,
-            plan.lse,
-            plan.first_items,
-            out_THD.stride(0),
-            out_THD.stride(1),
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_ITEMS=COMBINE_BLOCK,
-            BLOCK_D=block_d,
-            num_warps=2,
-        )
+    if len(plan.partial) == 1:
+        return
+    _combine_kernel[(step.num_decodes, num_heads)](
+        out_THD,
+        plan.partial,
+        plan.lse,
+        plan.first_parts,
+        plan.first_parts if tiling is None else step.shared_prefixes,
+        out_THD.stride(0),
+        out_THD.stride(1),
+        HAS_SHARED=tiling is not None,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_PARTS=COMBINED_PARTS,
+        BLOCK_D=block_d,
+        num_warps=2,
+        **dependent(q_THD.device),
+    )
 
 
-def _plan(step: Step, q_THD: torch.Tensor, window: int | None, programs_per_item: int, config: DecodeConfig) -> _Plan:
+def _plan(
+    step: Step, q_THD: torch.Tensor, window: int | None, programs_per_item: int, config: DecodeConfig, tiling: PrefixTiling | None
+) -> _Plan:
     """The plan of this step for layers of these shapes, made by the first of them."""
     num_heads, head_dim = q_THD.shape[1:]
-    key = f"light_sdk.attention.decode {num_heads} {head_dim} {programs_per_item} {window} {config}"
+    key = f"light_sdk.attention.decode {num_heads} {head_dim} {programs_per_item} {window} {config} {tiling}"
     if key not in step.shared:
-        step.shared[key] = _create_plan(step, q_THD, window, programs_per_item, config)
+        step.shared[key] = _create_plan(step, q_THD, window, programs_per_item, config, tiling)
     plan: _Plan = step.shared[key]
     return plan
 
 
-def _create_plan(step: Step, q_THD: torch.Tensor, window: int | None, programs_per_item: int, config: DecodeConfig) -> _Plan:
+def _create_plan(
+    step: Step, q_THD: torch.Tensor, window: int | None, programs_per_item: int, config: DecodeConfig, tiling: PrefixTiling | None = None
+) -> _Plan:
     (num_heads, head_dim), device, num_decodes = q_THD.shape[1:], q_THD.device, step.num_decodes
     visible = step.max_seq_len if window is None else min(step.max_seq_len, window)
     may_split = triton.cdiv(visible, config.block_n) > config.min_blocks
     # A request rounds up to whole items, so there are at most `budget` of them beside one for each request.
-    budget = max(1, triton.cdiv(config.waves * num_processors(device), programs_per_item)) if may_split else 1
+    most = max(1, triton.cdiv(config.waves * num_processors(device), programs_per_item))
+    budget = most if may_split else 1
     max_items = num_decodes + budget if may_split else num_decodes
-    room = max_items if may_split else 1
+    max_tiles, max_parts = 0, max_items if may_split else 1
+    if tiling is not None:
+        # Likewise for tiles, of which a split beyond the first adds a part to each of its requests.
+        max_tiles = num_decodes + tiling.budget
+        max_parts = max_items + num_decodes + min(tiling.tile_requests, num_decodes) * tiling.budget
+    shared = step.seq_lens if tiling is None or step.shared_prefixes is None else step.shared_prefixes
     plan = _Plan(
-        first_items=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
-        items=torch.empty(3, max_items, dtype=torch.int32, device=device),
-        partial=torch.empty(room, num_heads, head_dim, dtype=torch.float32, device=device),
-        lse=torch.empty(room, num_heads, dtype=torch.float32, device=device),
-        may_split=may_split,
+        first_parts=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
+        items=torch.empty(4, max_items, dtype=torch.int32, device=device),
+        tiles=torch.empty(4, max_tiles, dtype=torch.int32, device=device),
+        counts=torch.empty(2, dtype=torch.int32, device=device),
+        partial=torch.empty(max_parts, num_heads, head_dim, dtype=torch.float32, device=device),
+        lse=torch.empty(max_parts, num_heads, dtype=torch.float32, device=device),
     )
     _plan_kernel[(num_decodes,)](
         step.seq_lens,
-        plan.first_items,
+        shared,
+        plan.first_parts,
         plan.items,
+        plan.tiles,
+        plan.counts,
         plan.items.stride(0),
+        plan.tiles.stride(0),
+        shared.stride(0),
         num_decodes,
         budget,
         config.min_blocks if may_split else triton.cdiv(visible, config.block_n),
+        1 if tiling is None else tiling.budget,
+        1 if tiling is None else tiling.config.min_blocks,
         window or 0,
         HAS_WINDOW=window is not None,
+        HAS_SHARED=tiling is not None,
+        TILE_REQUESTS=1 if tiling is None else tiling.tile_requests,
         BLOCK_N=config.block_n,
-        BLOCK_B=triton.next_power_of_2(num_decodes),
-        BLOCK_ITEMS=triton.next_power_of_2(budget),
+        PREFIX_BLOCK_N=1 if tiling is None else tiling.config.block_n,
+        BLOCK_B=max(MIN_BLOCK_B, triton.next_power_of_2(num_decodes)),
+        BLOCK_ITEMS=triton.next_power_of_2(most),
+        BLOCK_TILES=1 if tiling is None else triton.next_power_of_2(tiling.budget),
         num_warps=4,
+        **dependent(device),
     )
     return plan

@@ -1,4 +1,4 @@
-"""Prefill attention of one long chunk by cuDNN, over keys and values gathered from their slots.
+"""Prefill attention of long chunks by cuDNN, over keys and values in dense tensors.
 
 cuDNN's kernels reach half as much again of a Hopper GPU's matrix rate as a Triton kernel that gathers as it goes. They
 take dense tensors and know two masks: none, and causal with as many queries as keys. A chunk after a prefix is
@@ -7,15 +7,21 @@ therefore cut at a multiple of `BUCKET` keys, and the parts are merged by their 
     keys     0 ………………… base | base … prefix | prefix … seq_len
     queries  no mask, in pieces of `PIECE` keys | causal, with (prefix - base) idle rows before the queries
 
-Lengths are rounded up to `BUCKET`, because cuDNN plans once for each shape. Workspace is bounded by `PIECE` and the
-chunk. Source of the merge: Dao 2023, "FlashAttention-2", arXiv 2307.08691, section 3.1.
+Lengths are rounded up to `BUCKET`, because cuDNN plans once for each shape. Where nothing is to be rounded the causal
+part reads queries, keys and values of the step where they lie, for several prompts of one length at once; else they are
+copied together. Workspace is bounded by `PIECE` and the chunk. Source of the merge: Dao 2023, "FlashAttention-2",
+arXiv 2307.08691, section 3.1.
 """
 
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 
-__all__ = ["cudnn_attention", "dense_attention", "is_worthwhile"]
+from light_sdk.ops.dependent import dependent, release, wait
+
+__all__ = ["BUCKET", "cudnn_attention", "dense_attention", "is_worthwhile", "prompts_attention"]
 
 BUCKET = 512
 PIECE = 16384
@@ -32,12 +38,46 @@ def is_worthwhile(query_len: int, seq_len: int) -> bool:
 
 
 def cudnn_attention(
-    q_THD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, scale: float, causal: bool
+    q_BTHD: torch.Tensor, k_BNKD: torch.Tensor, v_BNKD: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[T, H, D]` and the log-sum-exp of the scores, float32 `[T, H, 1]`; key heads are shared by groups of query heads."""
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q_THD, k_NKD, v_NKD))
+    """Attention over dense tensors; key heads are shared by groups of query heads.
+
+    Args:
+        q_BTHD: `[B, T, H, D]`, strided but for the last dimension.
+        k_BNKD, v_BNKD: `[B, N, K, D]`, as q.
+        scale: of the scores.
+        causal: query t sees the keys 0 … t; N is T then.
+
+    Returns:
+        `[B, T, H, D]`, contiguous, and the log-sum-exp of the scores, float32 `[B, T, H]`.
+    """
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q_BTHD, k_BNKD, v_BNKD))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return out[0].transpose(0, 1), lse.view(q.shape[1], q.shape[2], 1).transpose(0, 1)
+    return out.transpose(1, 2), lse.view(q.shape[:3]).transpose(1, 2)
+
+
+def prompts_attention(
+    out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    num_prompts: int,
+    scale: float,
+    attend: Attend = cudnn_attention,
+) -> None:
+    """Causal attention of prompts of one length, without a prefix, that lie behind each other.
+
+    Args:
+        out_THD: `[T, H, D]`, overwritten.
+        q_THD: their queries.
+        k_TKD, v_TKD: their keys and values.
+        num_prompts: how many; divides T.
+        scale: of the scores.
+        attend: as `cudnn_attention`.
+    """
+    length = q_THD.shape[0] // num_prompts
+    q, k, v = (tensor.unflatten(0, (num_prompts, length)) for tensor in (q_THD, k_TKD, v_TKD))  # type: ignore[no-untyped-call]
+    out_THD.copy_(attend(q, k, v, scale, True)[0].flatten(0, 1))
 
 
 def dense_attention(
@@ -47,6 +87,8 @@ def dense_attention(
     v_cache_SKD: torch.Tensor,
     slots: torch.Tensor,
     scale: float,
+    k_TKD: torch.Tensor | None = None,
+    v_TKD: torch.Tensor | None = None,
     attend: Attend = cudnn_attention,
 ) -> None:
     """Causal attention of a request's newest tokens over all of it.
@@ -57,25 +99,30 @@ def dense_attention(
         k_cache_SKD, v_cache_SKD: the pool.
         slots: int64 [seq_len], slot of each of its tokens.
         scale: of the scores.
-        attend: attention over dense tensors, as `cudnn_attention`.
+        k_TKD, v_TKD: keys and values of the last T tokens, which the pool has too; None where there is only the pool.
+        attend: as `cudnn_attention`.
     """
     query_len, seq_len = q_THD.shape[0], slots.shape[0]
     base = (seq_len - query_len) // BUCKET * BUCKET
     lead = seq_len - query_len - base
     num_rows = -(-(lead + query_len) // BUCKET) * BUCKET
-    q = q_THD.new_zeros((num_rows, *q_THD.shape[1:]))
-    q[lead : lead + query_len] = q_THD
-    part, lse = attend(q, _gather(k_cache_SKD, slots[base:], num_rows), _gather(v_cache_SKD, slots[base:], num_rows), scale, True)
-    if base:
-        total, total_lse = part.float(), lse
-        for begin in range(0, base, PIECE):
-            piece = slots[begin : min(begin + PIECE, base)]
-            keys, values = _gather(k_cache_SKD, piece, len(piece)), _gather(v_cache_SKD, piece, len(piece))
-            part, lse = attend(q, keys, values, scale, False)
-            total.lerp_(part.float(), torch.sigmoid(lse - total_lse))
-            total_lse = torch.logaddexp(total_lse, lse)
-        part = total
-    out_THD.copy_(part[lead : lead + query_len])
+    if k_TKD is not None and v_TKD is not None and num_rows == query_len:
+        q, keys, values = q_THD, k_TKD, v_TKD
+    else:
+        q = q_THD.new_zeros((num_rows, *q_THD.shape[1:]))
+        q[lead : lead + query_len] = q_THD
+        keys, values = _gather(k_cache_SKD, slots[base:], num_rows), _gather(v_cache_SKD, slots[base:], num_rows)
+    part, lse = (tensor[0, lead : lead + query_len] for tensor in attend(q[None], keys[None], values[None], scale, True))
+    if not base:
+        out_THD.copy_(part)
+    for begin in range(0, base, PIECE):
+        piece = slots[begin : min(begin + PIECE, base)]
+        keys, values = _gather(k_cache_SKD, piece, len(piece)), _gather(v_cache_SKD, piece, len(piece))
+        own_q = q[lead : lead + query_len]
+        other, other_lse = (tensor[0] for tensor in attend(own_q[None], keys[None], values[None], scale, False))
+        is_last = begin + PIECE >= base
+        total = out_THD if is_last else torch.empty_like(part, dtype=torch.float32)
+        part, lse = total, merge(total, part, lse, other, other_lse)
 
 
 def _gather(cache_SKD: torch.Tensor, slots: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -84,3 +131,88 @@ def _gather(cache_SKD: torch.Tensor, slots: torch.Tensor, num_rows: int) -> torc
     torch.index_select(cache_SKD, 0, slots, out=dense[: len(slots)])
     dense[len(slots) :].zero_()
     return dense
+
+
+@triton.jit
+def _merge_kernel(
+    out_ptr: tl.tensor,
+    out_lse_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    a_lse_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    b_lse_ptr: tl.tensor,
+    out_stride_t: tl.tensor,
+    out_stride_h: tl.tensor,
+    a_stride_t: tl.tensor,
+    a_stride_h: tl.tensor,
+    a_lse_stride_t: tl.tensor,
+    a_lse_stride_h: tl.tensor,
+    b_stride_t: tl.tensor,
+    b_stride_h: tl.tensor,
+    b_lse_stride_t: tl.tensor,
+    b_lse_stride_h: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> None:
+    """One program a token."""
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    t = tl.program_id(0).to(tl.int64)
+    h, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    h_mask = h < NUM_HEADS
+    mask = h_mask[:, None] & (d < HEAD_DIM)[None, :]
+    a_lse = tl.load(a_lse_ptr + t * a_lse_stride_t + h * a_lse_stride_h, mask=h_mask, other=0.0)
+    b_lse = tl.load(b_lse_ptr + t * b_lse_stride_t + h * b_lse_stride_h, mask=h_mask, other=0.0)
+    highest = tl.maximum(a_lse, b_lse)
+    a_weight, b_weight = tl.exp(a_lse - highest), tl.exp(b_lse - highest)
+    total = a_weight + b_weight
+    a = tl.load(a_ptr + t * a_stride_t + h[:, None] * a_stride_h + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + t * b_stride_t + h[:, None] * b_stride_h + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    merged = (a * a_weight[:, None] + b * b_weight[:, None]) / total[:, None]
+    tl.store(out_ptr + t * out_stride_t + h[:, None] * out_stride_h + d[None, :], merged.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_lse_ptr + t * NUM_HEADS + h, highest + tl.log(total), mask=h_mask)
+
+
+def merge(out_THD: torch.Tensor, a_THD: torch.Tensor, a_lse_TH: torch.Tensor, b_THD: torch.Tensor, b_lse_TH: torch.Tensor) -> torch.Tensor:
+    """Joins attention over two sets of keys.
+
+    Args:
+        out_THD: `[T, H, D]`, overwritten; may be `a_THD`.
+        a_THD, b_THD: attention over either set, normalised.
+        a_lse_TH, b_lse_TH: float32 `[T, H]`, logarithms of their sums of exponentials.
+
+    Returns:
+        Those of both together, float32 `[T, H]`.
+    """
+    num_tokens, num_heads, head_dim = out_THD.shape
+    assert out_THD.stride(-1) == a_THD.stride(-1) == b_THD.stride(-1) == 1
+    lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=out_THD.device)
+    block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    _merge_kernel[(num_tokens,)](
+        out_THD,
+        lse,
+        a_THD,
+        a_lse_TH,
+        b_THD,
+        b_lse_TH,
+        out_THD.stride(0),
+        out_THD.stride(1),
+        a_THD.stride(0),
+        a_THD.stride(1),
+        a_lse_TH.stride(0),
+        a_lse_TH.stride(1),
+        b_THD.stride(0),
+        b_THD.stride(1),
+        b_lse_TH.stride(0),
+        b_lse_TH.stride(1),
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_H=block_h,
+        BLOCK_D=block_d,
+        num_warps=min(max(block_h * block_d // 512, 1), 8),
+        **dependent(out_THD.device),
+    )
+    return lse

@@ -19,6 +19,8 @@ def attention(
     scale: float,
     window: int | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_TKD: torch.Tensor | None = None,
+    v_TKD: torch.Tensor | None = None,
 ) -> None:
     """As the reference. The last dimension of each tensor is dense; slopes are float32.
 

@@ -24,6 +24,8 @@ def attention(
     scale: float,
     window: int | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_TKD: torch.Tensor | None = None,
+    v_TKD: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of a mixed batch over token-indexed KV.
 
@@ -39,6 +41,8 @@ def attention(
         scale: of the scores, usually D ** -0.5.
         window: a query at p sees the keys p - window + 1 … p; None for all.
         alibi_slopes: float32 `[H]`, or None.
+        k_TKD, v_TKD: keys and values of the step's tokens, `[T, K, D]`, as they are in the pool, for kernels that read them
+            faster from there; None where the caller has no tensors of them.
     """
     num_kv_heads, (num_heads, head_dim) = k_cache_SKD.shape[1], q_THD.shape[1:]
     starts, lens = step.cu_seqlens_q.tolist(), step.seq_lens.tolist()

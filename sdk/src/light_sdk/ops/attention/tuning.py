@@ -1,8 +1,9 @@
 """Launch parameters of the attention kernels: data files in `configs/`, named by GPU, read once.
 
-A file maps "decode" and "prefill" to parameters by the bytes of one padded head (head_dim rounded up to a power of two,
-times the element size): "64" … "1024". `default.json` has every size, chosen to fit the smallest shared memory of
-compute capability 8 (99 KiB); what a GPU's own file lacks comes from there. `sdk/benchmarks/ops.py --sweep` finds them.
+A file maps "decode", "prefill" and "prefix" to parameters by the bytes of one padded head (head_dim rounded up to a
+power of two, times the element size): "64" … "1024". `default.json` has every size, chosen to fit the smallest shared
+memory of compute capability 8 (99 KiB); what a GPU's own file lacks comes from there. `sdk/benchmarks/ops.py --sweep`
+finds them.
 """
 
 import functools
@@ -13,7 +14,7 @@ from importlib import resources
 
 import torch
 
-__all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "num_processors", "prefill_config"]
+__all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "num_processors", "prefill_config", "prefix_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,29 @@ class PrefillConfig:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixConfig:
+    """Of the kernel for shared prefixes of decodes.
+
+    Attributes:
+        block_m: query rows (requests times the heads of a group) of a tile, a power of two from 16; 32 where a step has
+            no more.
+        block_n: keys of one iteration, a power of two from 16.
+        num_warps, num_stages: as Triton has them.
+        programs: how many run on a processor of the GPU at once.
+        waves: programs to aim at when tiles are split, in multiples of the GPU's processors.
+        min_blocks: a tile is never split into parts of fewer blocks than these.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    waves: int
+    min_blocks: int
+
+
 def decode_config(q: torch.Tensor) -> DecodeConfig:
     """Parameters for queries like `q` (`[..., D]`) on its device."""
     return _decode_config(_device_name(q.device), _head_bytes(q))
@@ -62,6 +86,11 @@ def decode_config(q: torch.Tensor) -> DecodeConfig:
 def prefill_config(q: torch.Tensor) -> PrefillConfig:
     """As `decode_config`, for prefill."""
     return _prefill_config(_device_name(q.device), _head_bytes(q))
+
+
+def prefix_config(q: torch.Tensor) -> PrefixConfig:
+    """As `decode_config`, for shared prefixes of decodes."""
+    return _prefix_config(_device_name(q.device), _head_bytes(q))
 
 
 @functools.cache
@@ -88,6 +117,11 @@ def _decode_config(name: str, head_bytes: int) -> DecodeConfig:
 @functools.cache
 def _prefill_config(name: str, head_bytes: int) -> PrefillConfig:
     return PrefillConfig(**_parameters(name, "prefill", head_bytes))
+
+
+@functools.cache
+def _prefix_config(name: str, head_bytes: int) -> PrefixConfig:
+    return PrefixConfig(**_parameters(name, "prefix", head_bytes))
 
 
 def _parameters(name: str, kind: str, head_bytes: int) -> dict[str, int]:

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from light_sdk.ops.dependent import dependent, release, wait
+
 __all__ = ["layer_norm"]
 
 
@@ -30,11 +32,15 @@ def _layer_norm_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    release(DEPENDENT)
     row = tl.program_id(0)
     t, h = (row // num_heads).to(tl.int64), row % num_heads
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
+    weight = tl.load(weight_ptr + h * weight_stride_h + columns, mask=mask, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
     x = tl.load(x_ptr + t * x_stride_t + h * x_stride_h + columns, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual_row = residual_ptr + t * residual_stride_t + h * residual_stride_h + columns
@@ -45,7 +51,6 @@ def _layer_norm_kernel(
     value = x.to(tl.float32)
     centred = tl.where(mask, value - tl.sum(value, axis=0) / SIZE, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / SIZE + eps)
-    weight = tl.load(weight_ptr + h * weight_stride_h + columns, mask=mask, other=0.0).to(tl.float32)
     result = centred * scale * weight
     if HAS_BIAS:
         result += tl.load(bias_ptr + h * bias_stride_h + columns, mask=mask, other=0.0).to(tl.float32)
@@ -89,4 +94,5 @@ def layer_norm(
         HAS_RESIDUAL=residual is not None,
         BLOCK=block,
         num_warps=min(max(block // 1024, 1), 16),
+        **dependent(x.device),
     )

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from light_sdk.ops.dependent import dependent, release, wait
+
 __all__ = ["rms_norm"]
 
 
@@ -27,11 +29,15 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    release(DEPENDENT)
     row = tl.program_id(0)
     t, h = (row // num_heads).to(tl.int64), row % num_heads
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
+    weight = tl.load(weight_ptr + h * weight_stride_h + columns, mask=mask, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
     x = tl.load(x_ptr + t * x_stride_t + h * x_stride_h + columns, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual_row = residual_ptr + t * residual_stride_t + h * residual_stride_h + columns
@@ -41,7 +47,6 @@ def _rms_norm_kernel(
         tl.store(residual_row, x, mask=mask)
     value = x.to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, axis=0) / SIZE + eps)
-    weight = tl.load(weight_ptr + h * weight_stride_h + columns, mask=mask, other=0.0).to(tl.float32)
     result = value.to(x.dtype).to(tl.float32) * weight
     tl.store(out_ptr + t * out_stride_t + h * out_stride_h + columns, result.to(x.dtype), mask=mask)
 
@@ -73,4 +78,5 @@ def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: floa
         HAS_RESIDUAL=residual is not None,
         BLOCK=block,
         num_warps=min(max(block // 1024, 1), 16),
+        **dependent(x.device),
     )

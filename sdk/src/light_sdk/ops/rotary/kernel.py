@@ -4,35 +4,47 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["rotary"]
+from light_sdk.ops.dependent import dependent, release, wait
+
+__all__ = ["rotary", "rotate_heads"]
 
 
 @triton.jit
-def _rotate_heads(
+def rotate_heads(
     ptr: tl.tensor,
     stride_h: tl.tensor,
+    copy_ptr: tl.tensor,
+    copy_stride_h: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     NUM_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ) -> None:
-    """Turns the heads of one token, at `ptr`."""
+    """Turns the heads of one token, at `ptr`; with COPY the turned dimensions are stored at `copy_ptr` as well."""
     heads, pairs = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
     mask = (heads < NUM_HEADS) & (pairs < HALF)
     if INTERLEAVED:
-        first = ptr + heads * stride_h + 2 * pairs
-        second = first + 1
+        first = heads * stride_h + 2 * pairs
+        first_copy = heads * copy_stride_h + 2 * pairs
+        distance = 1
     else:
-        first = ptr + heads * stride_h + pairs
-        second = first + HALF
-    a = tl.load(first, mask=mask, other=0.0)
-    b = tl.load(second, mask=mask, other=0.0)
+        first = heads * stride_h + pairs
+        first_copy = heads * copy_stride_h + pairs
+        distance = HALF
+    a = tl.load(ptr + first, mask=mask, other=0.0)
+    b = tl.load(ptr + first + distance, mask=mask, other=0.0)
     left, right = a.to(tl.float32), b.to(tl.float32)
-    tl.store(first, (left * cos - right * sin).to(a.dtype), mask=mask)
-    tl.store(second, (right * cos + left * sin).to(b.dtype), mask=mask)
+    turned = (left * cos - right * sin).to(a.dtype)
+    other = (right * cos + left * sin).to(b.dtype)
+    tl.store(ptr + first, turned, mask=mask)
+    tl.store(ptr + first + distance, other, mask=mask)
+    if COPY:
+        tl.store(copy_ptr + first_copy, turned.to(copy_ptr.dtype.element_ty), mask=mask)
+        tl.store(copy_ptr + first_copy + distance, other.to(copy_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -52,13 +64,17 @@ def _rotary_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     t = tl.program_id(0).to(tl.int64)
+    release(DEPENDENT)
+    wait(DEPENDENT)
     pairs = tl.arange(0, BLOCK_HALF)[None, :]
     cos = tl.load(cos_sin_ptr + t * cos_sin_stride_t + pairs, mask=pairs < HALF, other=0.0)
     sin = tl.load(cos_sin_ptr + t * cos_sin_stride_t + HALF + pairs, mask=pairs < HALF, other=0.0)
-    _rotate_heads(q_ptr + t * q_stride_t, q_stride_h, cos, sin, NUM_HEADS, HALF, INTERLEAVED, BLOCK_H, BLOCK_HALF)
-    _rotate_heads(k_ptr + t * k_stride_t, k_stride_h, cos, sin, NUM_KV_HEADS, HALF, INTERLEAVED, BLOCK_K, BLOCK_HALF)
+    q, k = q_ptr + t * q_stride_t, k_ptr + t * k_stride_t
+    rotate_heads(q, q_stride_h, q, q_stride_h, cos, sin, NUM_HEADS, HALF, INTERLEAVED, False, BLOCK_H, BLOCK_HALF)
+    rotate_heads(k, k_stride_h, k, k_stride_h, cos, sin, NUM_KV_HEADS, HALF, INTERLEAVED, False, BLOCK_K, BLOCK_HALF)
 
 
 def rotary(q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_sin_TR: torch.Tensor, interleaved: bool = False) -> None:
@@ -87,4 +103,5 @@ def rotary(q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_sin_TR: torch.Tensor, i
         BLOCK_K=triton.next_power_of_2(num_kv_heads),
         BLOCK_HALF=block_half,
         num_warps=min(max(block_h * block_half // 512, 1), 8),
+        **dependent(q_THD.device),
     )

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from light_sdk.ops.dependent import dependent, release, wait
+
 __all__ = ["write_kv"]
 
 
@@ -25,7 +27,10 @@ def _write_kv_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    release(DEPENDENT)
+    wait(DEPENDENT)
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + t).to(tl.int64)
     index = tl.arange(0, BLOCK)
@@ -62,4 +67,5 @@ def write_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor, k_cache_SKD: torch.Tensor
         HEAD_DIM=head_dim,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 8),
+        **dependent(k_TKD.device),
     )

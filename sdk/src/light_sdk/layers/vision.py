@@ -1,0 +1,110 @@
+"""Blocks of vision transformers (arXiv 2010.11929): patches, and layers in which every token of a picture sees every other.
+
+Pictures of one shape are batched: N of them with L tokens each are T = N * L rows, picture after picture, so that norms
+and products are those of text layers. Encoders run outside of CUDA graphs and before a step; they use no KV.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from light_core.types import Hidden, ModelContext
+from light_sdk.layers.linear import Linear, MergedLinear
+from light_sdk.layers.mlp import MLP
+from light_sdk.layers.norm import LayerNorm, parameter
+
+__all__ = ["PatchEmbedding", "VisionAttention", "VisionLayer", "attend_runs"]
+
+
+def attend_runs(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Attention of every token over all tokens of its sequence, and no others; scores are scaled by D ** -0.5.
+
+    Args:
+        q_THD, k_THD, v_THD: `[T, H, D]`, strided but for the last dimension.
+        runs: (count, length) of sequences of one length that follow one another; together they are the T tokens.
+
+    Returns:
+        `[T, H, D]`, contiguous. One call of torch's attention for each run.
+    """
+    parts, begin = [], 0
+    for count, length in runs:
+        own = slice(begin, begin + count * length)
+        q, k, v = (tensor[own].unflatten(0, (count, length)).transpose(1, 2) for tensor in (q_THD, k_THD, v_THD))  # type: ignore[no-untyped-call]
+        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+        begin += count * length
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+
+class PatchEmbedding(nn.Module):
+    """Squares of a picture to hidden states: a convolution whose stride is its size, as one product.
+
+    Its parameter "weight" is `[hidden_size, channels, patch_size, patch_size]`, as convolutions store it.
+
+    Args:
+        model: the model being built.
+        patch_size: side of a square, in pixels.
+        hidden_size: width of the result.
+        channels: of a picture.
+    """
+
+    def __init__(self, model: ModelContext, patch_size: int, hidden_size: int, channels: int = 3) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = parameter(hidden_size, channels, patch_size, patch_size)
+        self._linear = model.ops.select("linear", in_features=channels * patch_size**2, out_features=hidden_size)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`[N, channels, height, width]` of the weight's dtype, sides in whole patches, to a new `[N, patches, E]`, row by row."""
+        count, channels, height, width = pixels.shape
+        size = self.patch_size
+        squares = pixels.view(count, channels, height // size, size, width // size, size).permute(0, 2, 4, 1, 3, 5)
+        out: torch.Tensor = self._linear(squares.reshape(count, -1, channels * size * size), self.weight.flatten(1), None)
+        return out
+
+
+class VisionAttention(nn.Module):
+    """Attention of all tokens of a picture over all of them, with biases; parameters "qkv.…" and "out.…".
+
+    Args:
+        model: the model being built.
+        hidden_size: width; `num_heads` divides it.
+        num_heads: of queries, keys and values.
+    """
+
+    def __init__(self, model: ModelContext, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = MergedLinear(model, hidden_size, (hidden_size,) * 3, bias=True)
+        self.out = Linear(model, hidden_size, hidden_size, bias=True)
+
+    def forward(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """`[T, E]`, of pictures with `num_tokens` each, to a new `[T, E]`."""
+        q, k, v = (part.unflatten(1, (self.num_heads, -1)) for part in self.qkv.split(x))  # type: ignore[no-untyped-call]
+        out: torch.Tensor = self.out(attend_runs(q, k, v, ((len(x) // num_tokens, num_tokens),)).flatten(1))
+        return out
+
+
+class VisionLayer(nn.Module):
+    """Norm, attention, norm, feed-forward; the addition that ends it is left to the next norm.
+
+    Args:
+        model: the model being built.
+        hidden_size, num_heads, intermediate_size: sizes.
+        activation: as `hidden_act` spells it.
+        eps: of both norms.
+    """
+
+    def __init__(self, model: ModelContext, hidden_size: int, num_heads: int, intermediate_size: int, activation: str, eps: float) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(model, hidden_size, eps)
+        self.attention = VisionAttention(model, hidden_size, num_heads)
+        self.mlp_norm = LayerNorm(model, hidden_size, eps)
+        self.mlp = MLP(model, hidden_size, intermediate_size, activation)
+
+    def forward(self, hidden: Hidden, num_tokens: int) -> Hidden:
+        """`[T, E]` of pictures with `num_tokens` each; `hidden` is overwritten where it has a residual."""
+        x, residual = self.attention_norm(hidden)
+        x, residual = self.mlp_norm(Hidden(self.attention(x, num_tokens), residual))
+        return Hidden(self.mlp(x), residual)

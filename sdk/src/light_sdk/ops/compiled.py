@@ -1,0 +1,114 @@
+"""What the kernels that numba compiles for CPUs share: memory by its address, elements of both dtypes, and exp.
+
+A kernel is built once for each dtype and cached on disk by numba. bfloat16, which numpy lacks, is held as its bits.
+Sums run in any order (`FAST`), NaN and infinities are kept. Kernels run on the calling thread. Elements are read and
+written by `load` and `store`: their unsigned indices spare numba's test for negative ones, which prevents vectorising.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+__all__ = ["ELEMENTS", "FAST", "array", "bits", "exp", "load", "rounded", "store"]
+
+ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+"""How elements of each dtype are held."""
+
+FAST = {"reassoc", "contract", "nsz"}
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@njit
+def array(address: Any, count: Any, element: Any) -> Any:
+    """The `count` elements at `address` as an array."""
+    return carray(_pointer(address), (count,), element)
+
+
+def bits(value: Any) -> Any:
+    """The bits of a float32 as int32, or the float32 of bits in uint32. Compiled only."""
+
+
+@overload(bits, strict=False)
+def _bits(value: Any) -> Any:
+    if value == types.float32:
+        return lambda value: np.float32(value).view(np.uint32)
+    return lambda value: np.uint32(value).view(np.float32)
+
+
+def load(values: Any, index: Any) -> Any:
+    """Element `index` as float32. Compiled only."""
+
+
+@overload(load, strict=False)
+def _load(values: Any, index: Any) -> Any:
+    if values.dtype == types.uint16:
+        return lambda values, index: bits(np.uint32(values[np.uint64(index)]) << np.uint32(16))
+    return lambda values, index: values[np.uint64(index)]
+
+
+@njit
+def _to_bfloat16(value: Any) -> Any:
+    """Bits of the nearest bfloat16, to even in the middle; NaN stays one."""
+    whole = bits(np.float32(value))
+    nearest = (whole + np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(nearest) if value == value else np.uint16(0x7FC0)
+
+
+def store(values: Any, index: Any, value: Any) -> None:
+    """Rounds a float32 and writes it to element `index`. Compiled only."""
+
+
+@overload(store, strict=False)
+def _store(values: Any, index: Any, value: Any) -> Any:
+    def store_bfloat16(values: Any, index: Any, value: Any) -> None:
+        values[np.uint64(index)] = _to_bfloat16(value)
+
+    def store_float32(values: Any, index: Any, value: Any) -> None:
+        values[np.uint64(index)] = value
+
+    return store_bfloat16 if values.dtype == types.uint16 else store_float32
+
+
+def rounded(values: Any, value: Any) -> Any:
+    """`value` (float32) as an element of `values` would hold it. Compiled only."""
+
+
+@overload(rounded, strict=False)
+def _rounded(values: Any, value: Any) -> Any:
+    if values.dtype == types.uint16:
+        return lambda values, value: bits(np.uint32(_to_bfloat16(value)) << np.uint32(16))
+    return lambda values, value: value
+
+
+@njit
+def exp(x: Any) -> Any:
+    """e ** x in float32 to about two units in the last place, for x up to 88; 0 below -87; NaN of NaN. Vectorises.
+
+    2 ** n * e ** r with |r| <= ln(2) / 2; e ** r by its Taylor series to the seventh power (error below 1e-8).
+    """
+    clamped = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.floor(clamped * np.float32(1.44269504) + np.float32(0.5))
+    r = clamped - n * np.float32(0.693359375)
+    r = r - n * np.float32(-2.12194440e-4)
+    series = np.float32(1 / 5040)
+    series = series * r + np.float32(1 / 720)
+    series = series * r + np.float32(1 / 120)
+    series = series * r + np.float32(1 / 24)
+    series = series * r + np.float32(1 / 6)
+    series = series * r + np.float32(0.5)
+    series = series * r + np.float32(1.0)
+    series = series * r + np.float32(1.0)
+    scale = bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    power = series * scale if x > np.float32(-87.0) else np.float32(0.0)
+    return power if x == x else x

@@ -1,0 +1,104 @@
+"""Launch parameters of the experts' products: data files in `configs/`, named by GPU, read once.
+
+A file maps a shape, "{experts}x{hidden size}x{inner size}" or "any", to parameters by how many pairs of a token and an
+expert an expert gets on average, rounded up to one of `AVERAGES`; "more" has the rest. What a GPU's own file lacks for a
+shape comes from its "any", then from `default.json`, whose tiles fit the smallest shared memory of compute capability 8
+(99 KiB). `sdk/benchmarks/experts.py --sweep` finds them.
+"""
+
+import functools
+import json
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+__all__ = ["AVERAGES", "LOADS", "ExpertsConfig", "TileConfig", "experts_config", "parse_config"]
+
+logger = logging.getLogger(__name__)
+
+LOADS = ("pointers", "descriptors", "library")
+AVERAGES = (1, 4, 8, 16, 32, 64, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """Of one product.
+
+    Attributes:
+        block_n: outputs of a tile, a power of two from 16; of up, gates and as many products beside them.
+        block_k_bytes: inputs of one iteration, in bytes of the weight's dtype; a power of two, 16 inputs or more.
+        num_warps, num_stages: as Triton has them.
+        programs: a processor of the GPU runs so many programs that take tiles in turn; 0 for a program a tile.
+    """
+
+    block_n: int
+    block_k_bytes: int
+    num_warps: int
+    num_stages: int
+    programs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """Of all launches for one number of pairs.
+
+    Attributes:
+        block_m: rows of a block, a power of two from 16. The weight of an expert with more rows is read again.
+        group_m: blocks that take turns at the same outputs.
+        up, down: of the two products.
+        waves: programs to aim at when down is cut along its inputs, in multiples of the GPU's processors; 0 for no cut.
+        loads: how tiles are read. "pointers" serve everything. "descriptors" (Triton's, Hopper's TMA) gather the tokens
+            first. "library" is torch's grouped products (CUTLASS) and a separate activation. The latter two serve half
+            precision from compute capability 9.0, where rows begin at multiples of 16 bytes; "pointers" else.
+
+    Raises:
+        ValueError: `loads` is none of these.
+    """
+
+    block_m: int
+    group_m: int
+    up: TileConfig
+    down: TileConfig
+    waves: int = 0
+    loads: str = "pointers"
+
+    def __post_init__(self) -> None:
+        if self.loads not in LOADS:
+            raise ValueError(f"loads is {self.loads!r}, not one of {', '.join(LOADS)}")
+
+
+def experts_config(device: torch.device, shape: tuple[int, int, int], num_pairs: int) -> ExpertsConfig:
+    """Parameters for `num_pairs` pairs and `shape` (experts, hidden size, inner size) on `device`."""
+    average = -(-num_pairs // shape[0])
+    key = next((str(limit) for limit in AVERAGES if average <= limit), "more")
+    return _experts_config(_device_name(device), "x".join(map(str, shape)), key)
+
+
+def parse_config(entry: dict[str, Any]) -> ExpertsConfig:
+    """An entry of a file."""
+    return ExpertsConfig(**entry | {name: TileConfig(**entry[name]) for name in ("up", "down")})
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
+
+
+@functools.cache
+def _experts_config(name: str, shape: str, key: str) -> ExpertsConfig:
+    tuned = _read(name).get(shape, {}).get(key) or _read(name).get("any", {}).get(key)
+    if tuned is None:
+        logger.info("fused_experts, %s rows an expert: no tuned parameters for %s, using the default", key, name)
+        tuned = _read("default")["any"][key]
+    return parse_config(tuned)
+
+
+@functools.cache
+def _read(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The file of GPU `name`, or {} if there is none."""
+    file = resources.files(__package__).joinpath("configs", name.replace(" ", "-").replace("/", "-") + ".json")
+    content: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
+    return content

@@ -1,0 +1,32 @@
+"""`linear` on Hopper: up to 32 tokens by the kernels of `small.py`, more by torch's product."""
+
+import torch
+import torch.nn.functional as F
+
+from light_sdk.ops.attention.tuning import num_processors
+from light_sdk.ops.linear.small import MAX_TOKENS, row_linear, tile_linear
+from light_sdk.ops.linear.tuning import row_config, tile_config
+
+__all__ = ["linear", "small_linear"]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As the reference."""
+    out = small_linear(x, weight, bias, None)
+    return F.linear(x, weight, bias) if out is None else out
+
+
+def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor | None:
+    """The product by a kernel for few tokens, or None where torch's own is to be taken.
+
+    Args:
+        x: `[T, K]`; what has another shape, or a last dimension with gaps, is left to torch.
+        weight: `[N, K]`, or `[2N, K]` with `activation`.
+        bias: one for each row of `weight`, or None.
+        activation: canonical name of a gated activation, or None.
+    """
+    if x.dim() != 2 or not 0 < x.shape[0] <= MAX_TOKENS or x.stride(1) != 1 or not weight.is_contiguous():
+        return None
+    if x.shape[0] == 1:
+        return row_linear(x, weight, bias, activation, row_config(weight))
+    return tile_linear(x, weight, bias, activation, tile_config(x.device, x.shape[0]), num_processors(x.device))

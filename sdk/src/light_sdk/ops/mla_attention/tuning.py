@@ -1,0 +1,106 @@
+"""Launch parameters of the latent-attention kernels: data files in `configs/`, named by GPU, read once.
+
+A file maps "decode" to parameters by "{heads}x{bytes}", the heads rounded up to a power of two from 16 to 128 and the
+size of an element, and "prefill" by the size of an element. `default.json` has every key, chosen to fit the smallest
+shared memory of compute capability 8 (99 KiB); what a GPU's own file lacks comes from there.
+`sdk/benchmarks/mla.py --sweep` finds them.
+"""
+
+import functools
+import json
+import logging
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+
+__all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "num_processors", "prefill_config"]
+
+logger = logging.getLogger(__name__)
+
+FEWEST_HEADS, MOST_HEADS = 16, 128
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Of the decode kernel.
+
+    Attributes:
+        block_h: heads of one tile, a power of two from 16; the tiles of a token follow one another, so that those
+            after the first find its latents in the L2 cache.
+        block_n: tokens of one iteration, a power of two from 16.
+        num_warps, num_stages: as Triton has them.
+        waves: programs to aim at when requests are split, in multiples of the GPU's processors.
+        min_blocks: a request is never split into parts of fewer blocks than these.
+    """
+
+    block_h: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    waves: int
+    min_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """Of the prefill kernel.
+
+    Attributes:
+        block_m: queries of a tile, a power of two from 16.
+        block_n: keys of one iteration, a power of two from 16.
+        num_warps, num_stages: as Triton has them.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_config(q_THD: torch.Tensor) -> DecodeConfig:
+    """Parameters for queries like `q_THD` on its device."""
+    heads = min(max(1 << (q_THD.shape[1] - 1).bit_length(), FEWEST_HEADS), MOST_HEADS)
+    return _decode_config(_device_name(q_THD.device), f"{heads}x{q_THD.element_size()}")
+
+
+def prefill_config(q_THD: torch.Tensor) -> PrefillConfig:
+    """As `decode_config`, for prefill."""
+    return _prefill_config(_device_name(q_THD.device), str(q_THD.element_size()))
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 elsewhere (the interpreter runs programs one by one)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
+
+
+@functools.cache
+def _decode_config(name: str, key: str) -> DecodeConfig:
+    return DecodeConfig(**_parameters(name, "decode", key))
+
+
+@functools.cache
+def _prefill_config(name: str, key: str) -> PrefillConfig:
+    return PrefillConfig(**_parameters(name, "prefill", key))
+
+
+def _parameters(name: str, kind: str, key: str) -> dict[str, int]:
+    tuned = _read(name).get(kind, {}).get(key)
+    if tuned is None:
+        logger.info("mla_attention %s %s: no tuned parameters for %s, using the default", kind, key, name)
+        tuned = _read("default")[kind][key]
+    return tuned
+
+
+@functools.cache
+def _read(name: str) -> dict[str, dict[str, dict[str, int]]]:
+    """The file of GPU `name`, or {} if there is none."""
+    file = resources.files(__package__).joinpath("configs", name.replace(" ", "-").replace("/", "-") + ".json")
+    content: dict[str, dict[str, dict[str, int]]] = json.loads(file.read_text()) if file.is_file() else {}
+    return content
