@@ -41,6 +41,7 @@ class EngineConfig:
         max_total_tokens: slots of the KV pool, in tokens; None measures what fits.
         gpu_memory_utilization: share of the GPU's memory that Light may use, 0 to 1.
         enable_prefix_caching: keep the KV of finished requests in the radix tree for later ones.
+        media_cache_bytes: embeddings of images that are kept on the device for later requests with the same ones.
         enforce_eager: no CUDA graphs.
         async_planning: plan step N+1 while step N runs; None means on a GPU only.
         seed: of dummy weights and, in the offline API, of the seeds that requests get which name none; the server draws a
@@ -63,6 +64,7 @@ class EngineConfig:
     max_total_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    media_cache_bytes: int = 256 << 20
     enforce_eager: bool = False
     async_planning: bool | None = None
     seed: int = 0
@@ -79,6 +81,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r} is out of range", "it counts tokens or requests", f"give {name} 1 or more")
+        if isinstance(self.media_cache_bytes, bool) or not isinstance(self.media_cache_bytes, int) or self.media_cache_bytes < 0:
+            raise ConfigError(f"media_cache_bytes={self.media_cache_bytes!r} is out of range", "it is a size", "give it 0 or more")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r} is out of range",

@@ -219,6 +219,32 @@ def light_chat(model: ModelContext) -> ChatSpec | None:
     """
 
 
+@hookspec
+def light_tokenizer(model: ModelContext) -> Any | None:
+    """The model's tokenizer, where transformers cannot make one of the checkpoint's files by itself.
+
+    Runs in every process that handles text (HTTP, detokenizer, the offline API), each for itself and without a GPU: build
+    no layer, import no torch. Code that a checkpoint brings along is never run. May be left out.
+
+    Args:
+        model: the model being served; `device` is "meta", and `folder` is where the tokenizer's files are.
+
+    Returns:
+        A tokenizer of transformers, such as `PreTrainedTokenizerFast(tokenizer_object=…)` around a `tokenizers.Tokenizer`;
+        None if the family is not this plugin's, or if transformers reads these files.
+
+    Example:
+        ```python
+        @hookimpl
+        def light_tokenizer(model):
+            if model.family.name == "mine" and Path(model.folder, "mine.tiktoken").is_file():
+                from light_mine.tokenizer import load_tokenizer
+
+                return load_tokenizer(model.folder)
+        ```
+    """
+
+
 def model_hooks() -> tuple[str, ...]:
     """Names of the hooks that ask about one model."""
     return tuple(name for name, value in globals().items() if _is_model_hook(name, value))

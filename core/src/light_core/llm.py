@@ -3,23 +3,28 @@
 Not here: the server (`light serve`), which runs the same engine in a process of its own.
 """
 
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from light_core.config import EngineConfig
-from light_core.engine.requests import EngineRequest, TokenLogprobs, TokenUpdate
+from light_core.engine.requests import EngineRequest, MediaItem, TokenLogprobs, TokenUpdate
 from light_core.errors import RequestError
+from light_core.media.offline import OfflineItem, OfflineMedia
 from light_core.sampling_params import SamplingParams
+from light_core.types import MediaSpan
 
 if TYPE_CHECKING:
+    from light_core.text.chat import MediaContent
     from light_core.text.decoder import IncrementalDecoder
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput"]
@@ -86,6 +91,15 @@ class _Sequence:
     decoder: "IncrementalDecoder | None"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prompt:
+    """A prompt that is ready: its ids have every token of its items."""
+
+    text: str | None
+    token_ids: Sequence[int]
+    media: tuple[MediaItem, ...] = ()
+
+
 class LLM:
     """A model, loaded and ready.
 
@@ -135,6 +149,8 @@ class LLM:
             self.engine: Engine = Engine(self.config, progress=bar)
         self.tokenizer = None if skip_tokenizer_init else self._load_tokenizer()
         self._chat = self.engine.chat_spec()
+        encoders = self.engine.runtime.media_encoders
+        self._media = OfflineMedia(encoders, self.tokenizer, self.engine.vocab_size) if encoders else None
         self._is_shut_down = False
         self._ids = count()
         self._prompts = count()
@@ -143,7 +159,9 @@ class LLM:
     def _load_tokenizer(self) -> Any:
         from light_core.text.tokenizer import load_tokenizer
 
-        return load_tokenizer(self.config.tokenizer or self.engine.model_folder)
+        source = self.config.tokenizer or self.engine.model_folder
+        made = self.engine.plugin_tokenizer(str(source)) if Path(source).is_dir() else None
+        return load_tokenizer(source, made=made)
 
     def generate(
         self,
@@ -154,7 +172,9 @@ class LLM:
         """Generates for all prompts together and returns the results in their order.
 
         Args:
-            prompts: texts, or {"prompt_token_ids": [...]}.
+            prompts: texts, or {"prompt_token_ids": [...]}, or {"prompt": text}; beside either of them, where the model sees
+                pictures, "multi_modal_data": {"image": one or a list}, each a `PIL.Image`, the bytes of an image file or a
+                data URL, in the order of the model's placeholders in the prompt.
             params: one for all, or one each; None takes the defaults of `SamplingParams`.
             use_tqdm: show a progress bar.
 
@@ -165,13 +185,18 @@ class LLM:
         if self._is_shut_down:
             raise RequestError("this LLM has been shut down; make another one")
         listed = [prompts] if isinstance(prompts, (str, Mapping)) else _listed(prompts, "prompts")
+        return self._generate([self._prompt(prompt) for prompt in listed], params, use_tqdm)
+
+    def _generate(
+        self, prompts: "Sequence[_Prompt]", params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
+    ) -> list[RequestOutput]:
         results, live = [], {}
         try:
-            for prompt, wanted in zip(listed, _one_each(params, len(listed))):
-                result = self._result(prompt)
+            for prompt, wanted in zip(prompts, _one_each(params, len(prompts))):
+                result = RequestOutput(str(next(self._prompts)), prompt.text, self._token_array(prompt.token_ids).tolist(), [])
                 results.append(result)
                 for index in range(wanted.n):
-                    request_id, sequence = self._submit(result, index, wanted)
+                    request_id, sequence = self._submit(result, index, wanted, prompt.media)
                     live[request_id] = sequence
             with _interrupts_between_steps() as check:
                 self._run(live, use_tqdm, check)
@@ -200,7 +225,9 @@ class LLM:
         reply as well.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content", a text or a list of parts: {"type": "text", "text": …} and, where the
+                model sees pictures, {"type": "image_url", "image_url": {"url": a data URL}} or {"type": "image", "image": a
+                `PIL.Image` or the bytes of a file}.
             params, use_tqdm: as `generate` has them.
             chat_template: Jinja source in the place of the tokenizer's (or, where that has none, the family's).
             add_generation_prompt: end the prompt with the header of the reply.
@@ -217,19 +244,26 @@ class LLM:
         conversations = [listed] if listed and isinstance(listed[0], Mapping) else [_listed(one, "messages") for one in listed]
         tokenizer, prompts = self.tokenizer, []
         for conversation in conversations:
+            contents: list[MediaContent] = []
             text = render_chat(
                 tokenizer,
                 conversation,
                 template=chat_template,
                 default_template=self._chat.template,
                 change=tokenizer.mark,
+                media=None if self._media is None else functools.partial(_note_content, self._media, contents),
                 tools=tools,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
                 variables=chat_template_kwargs,
             )
-            prompts.append({"prompt": text.replace(LITERAL_MARK, ""), "prompt_token_ids": tokenizer.encode_marked(text)})
-        return self.generate(prompts, [self._with_family_stop(one) for one in _one_each(params, len(prompts))], use_tqdm)
+            shown = text.replace(LITERAL_MARK, "")
+            if self._media is None:
+                prompts.append(_Prompt(shown, tokenizer.encode_marked(text)))
+                continue
+            items = [self._media.item(kind, _picture(part), name) for kind, part, name in contents[0].items]
+            prompts.append(self._filled(shown, self._media.places.encode(text, tokenizer.encode_marked), items))
+        return self._generate(prompts, [self._with_family_stop(one) for one in _one_each(params, len(prompts))], use_tqdm)
 
     def shutdown(self) -> None:
         """Gives memory back; the object cannot be used afterwards."""
@@ -241,19 +275,34 @@ class LLM:
             return params
         return params.replace(stop=list(dict.fromkeys([*params.stop_strings, *self._chat.stop])))
 
-    def _result(self, prompt: Prompt) -> RequestOutput:
-        text, token_ids = prompt if isinstance(prompt, str) else None, None
+    def _prompt(self, prompt: Prompt) -> "_Prompt":
+        text, token_ids, data = prompt if isinstance(prompt, str) else None, None, None
         if isinstance(prompt, Mapping):
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if token_ids is None:
-            if not isinstance(text, str):
-                raise RequestError("a prompt is a text or {'prompt_token_ids': [...]}", "prompts")
-            if self.tokenizer is None:
-                raise RequestError("a text prompt needs a tokenizer; give {'prompt_token_ids': [...]}", "prompts")
-            token_ids = self.tokenizer.encode(text)
-        return RequestOutput(str(next(self._prompts)), text, self._token_array(token_ids).tolist(), [])
+            text, token_ids, data = prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("multi_modal_data")
+        if token_ids is None and not isinstance(text, str):
+            raise RequestError("a prompt is a text or {'prompt_token_ids': [...]}", "prompts")
+        tokenizer: Any = self.tokenizer
+        if token_ids is None and tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer; give {'prompt_token_ids': [...]}", "prompts")
+        if self._media is None:
+            if data:
+                raise RequestError("multi_modal_data: this model takes text", "multi_modal_data")
+            return _Prompt(text, tokenizer.encode(text) if token_ids is None else token_ids)
+        items = self._media.items(data or {})
+        if token_ids is not None:
+            found = self._media.places.find(self._token_array(token_ids).tolist())
+        else:
+            found = self._media.places.encode_prompt(str(text), tokenizer.encode, True)
+        return self._filled(text, found, items)
 
-    def _submit(self, result: RequestOutput, index: int, params: SamplingParams) -> tuple[int, _Sequence]:
+    def _filled(self, text: str | None, found: Sequence[Any], items: Sequence[OfflineItem]) -> "_Prompt":
+        """The prompt with `items` at the placeholders in `found`."""
+        assert self._media is not None
+        token_ids, starts = self._media.places.fill(found, [item.mark for item in items], "prompts")
+        spans = [MediaSpan(start, item.mark.num_tokens, item.encoder, item.grid) for item, start in zip(items, starts, strict=True)]
+        return _Prompt(text, token_ids, tuple(MediaItem(span, item.key, item.tensors) for span, item in zip(spans, items, strict=True)))
+
+    def _submit(self, result: RequestOutput, index: int, params: SamplingParams, media: tuple[MediaItem, ...]) -> tuple[int, _Sequence]:
         prompt, output = np.asarray(result.prompt_token_ids, np.int32), CompletionOutput(index)
         if self.tokenizer is None and params.stop_strings:
             raise RequestError("stop strings need a tokenizer: use stop_token_ids", "stop")
@@ -275,6 +324,7 @@ class LLM:
             params=params,
             stop_token_ids=self.engine.stop_token_ids(params),
             seed=seed,
+            media=media,
         )
         self.engine.add(request)
         result.outputs.append(output)
@@ -333,6 +383,20 @@ class LLM:
             return True
         output.finish_reason, output.stop_reason, output.error = update.finish_reason, update.stop_token, update.error
         return update.finish_reason is not None
+
+
+def _note_content(media: OfflineMedia, contents: "list[MediaContent]", as_parts: bool) -> "MediaContent":
+    """What takes the items of one conversation; also put into `contents`."""
+    from light_core.text.chat import MediaContent
+
+    contents.append(MediaContent(media.places.marker, media.places.literal, as_parts))
+    return contents[-1]
+
+
+def _picture(part: Mapping[str, Any]) -> Any:
+    """The picture that a content part has."""
+    value = next((part[name] for name in ("image_url", "image", "image_pil") if name in part), None)
+    return value.get("url") if isinstance(value, Mapping) else value
 
 
 def _dtype_name(dtype: object) -> str:

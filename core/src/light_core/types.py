@@ -32,6 +32,8 @@ __all__ = [
     "Layer",
     "Limits",
     "MediaEncoder",
+    "MediaSpan",
+    "MediaTokens",
     "ModelContext",
     "Placement",
     "PostLayer",
@@ -59,6 +61,9 @@ class Family:
         media: kinds of input beside text, e.g. ("image",).
         heads: "generate" for logits, "score" for a reward.
         bundled: models shipped inside the plugin: name to "package/relative/folder", e.g. {"demo": "light_llama/demo"}.
+        text_config: for checkpoints whose text model is of another family: the entry of config.json that configures it,
+            e.g. "text_config", or "" where its entries stand beside the checkpoint's own. None for a text model.
+        text_model_type: with `text_config`, transformers' `model_type` of the text model; None reads it from the entry.
     """
 
     name: str
@@ -70,6 +75,8 @@ class Family:
     media: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("generate",)
     bundled: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    text_config: str | None = None
+    text_model_type: str | None = None
 
 
 class FamilyRegistry(Protocol):
@@ -110,8 +117,10 @@ class ModelContext:
     """The model that hooks are asked about. One for a model and worker; frozen.
 
     Attributes:
-        family: the family that was chosen. A plugin answers a model hook only when `family.name` is its own.
-        config: transformers' configuration object of the model, with `hf_overrides` applied.
+        family: the family that was chosen; of a multimodal checkpoint, the text model's. A plugin answers the hooks that
+            build the model only when `family.name` is its own.
+        config: transformers' configuration object of the model, with `hf_overrides` applied; of a multimodal checkpoint,
+            the text model's.
         dtype: "float32", "bfloat16" or "float16": of parameters and activations.
         device: torch device string, "cpu" or "cuda:0"; "meta" while only shapes are asked for.
         ops: the op table of this model; `ops.select(...)` while layers are built, frozen afterwards.
@@ -119,6 +128,9 @@ class ModelContext:
         shard: this worker's tensor-parallel place.
         quantization: weight format, or None.
         folder: the local folder of config, tokenizer and weights.
+        checkpoint_family: the family that the checkpoint's architecture names: `family` itself, but for a multimodal
+            checkpoint. A vision plugin goes by its name to answer `light_media_encoders` and to wrap other hooks.
+        checkpoint_config: the whole of the checkpoint's configuration: `config` itself, but for a multimodal one.
     """
 
     family: Family
@@ -130,6 +142,8 @@ class ModelContext:
     shard: Shard = Shard()
     quantization: str | None = None
     folder: str = ""
+    checkpoint_family: Family | None = None
+    checkpoint_config: Any = None
 
     @property
     def torch_dtype(self) -> "torch.dtype":
@@ -158,18 +172,21 @@ class Placement:
         offset: first row (dimension 0) of `param` that it fills.
         rows: how many rows it fills; None fills the whole of `param`.
         transform: tensor to tensor, on the CPU or the device, in the checkpoint's dtype; for transposed or interleaved
-            layouts. It must not keep its argument.
+            layouts. It must not keep its arguments.
         shard_dim: dimension that tensor parallelism cuts, or None for a replicated tensor.
         optional: the checkpoint may lack it; the parameter then keeps the value that its module gave it.
+        extras: further checkpoint tensors that `transform` takes after the first, whole, such as the scales of a
+            quantised weight. They count as consumed.
     """
 
     source: str
     param: str
     offset: int = 0
     rows: int | None = None
-    transform: "Callable[[torch.Tensor], torch.Tensor] | None" = None
+    transform: "Callable[..., torch.Tensor] | None" = None
     shard_dim: int | None = None
     optional: bool = False
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +198,17 @@ class WeightPlan:
         ties: parameter to the parameter that it shares memory with, e.g. {"post.head.weight": "pre.embedding.weight"}.
         ignored: regular expressions (full match) of checkpoint tensors that are dropped on purpose, such as saved
             rotary frequencies.
-        prefixes: prefixes that a checkpoint may or may not put before every name, e.g. ("transformer.",); they are
-            stripped before names are compared.
+        prefixes: prefixes that a checkpoint may or may not put before every name, e.g. ("transformer.",); the first that
+            fits is stripped before names are compared.
+        folders: local folders of further checkpoints that the placements take tensors from, such as a vision tower that
+            is published by itself; every tensor of theirs is to be consumed as well.
     """
 
     placements: tuple[Placement, ...]
     ties: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     ignored: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
 
 
 # --------------------------------------------------------------------------------------------- KV
@@ -248,6 +268,19 @@ of request b at `step.slot_table[step.rows[b], :step.seq_lens[b]]`."""
 # --------------------------------------------------------------------------------------------- the step
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaTokens:
+    """What one media encoder made of tokens of a step; the pre layer puts it in the place of their embeddings.
+
+    Attributes:
+        embeddings: [M, E], in the model's dtype.
+        rows: int64 [M], which of the step's T tokens they belong to, ascending.
+    """
+
+    embeddings: "torch.Tensor"
+    rows: "torch.Tensor"
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """One forward pass of one mixed batch, as the model sees it. Tensors live on the model's device.
@@ -272,7 +305,16 @@ class Step:
         max_seq_len: upper bound of `seq_lens`; under a CUDA graph the model's limit.
         prefill_lens: (tokens in this step, tokens in KV after it) of each prefill chunk, on the host, for kernels that
             choose by length; () where the caller does not say.
-        media: what media encoders produced for tokens of this step, by encoder name; None without media.
+        prompt_lens: int32 [B], length of each request's prompt, for what the prompt settles and generation keeps; None
+            where the caller does not say, which core never does.
+        shared_prefixes: int32 [3, num_decodes], decodes in groups that begin with the same slots, for kernels that read
+            those once; None where the caller does not say or nothing is shared. At each place: a decode (its index in
+            B, each once, the members of a group side by side); how many tokens its group has in common, less than
+            `seq_lens` of any member, 0 for a decode that shares nothing; which member of the group it is, from 0.
+            The last dimension is dense.
+        media: what media encoders produced for tokens of this step, by encoder name; None without media. `token_ids` of
+            these tokens are 0.
+        media_positions: int32 [3, T], positions of three axes, where an encoder has `positions`; None elsewhere.
         shared: what the layers of a family compute once a step and all use, e.g. rotary cosines and sines; empty when
             the step begins.
     """
@@ -290,7 +332,10 @@ class Step:
     max_query_len: int
     max_seq_len: int
     prefill_lens: tuple[tuple[int, int], ...] = ()
-    media: Mapping[str, Any] | None = None
+    prompt_lens: "torch.Tensor | None" = None
+    shared_prefixes: "torch.Tensor | None" = None
+    media: "Mapping[str, MediaTokens] | None" = None
+    media_positions: "torch.Tensor | None" = None
     shared: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -344,15 +389,47 @@ class PostLayer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class MediaSpan:
+    """Where one item stands in a prompt.
+
+    Attributes:
+        start: position of its first token.
+        num_tokens: how many it takes.
+        encoder: name of its encoder.
+        grid: what `MediaEncoder.grid` said of it; () without.
+    """
+
+    start: int
+    num_tokens: int
+    encoder: str
+    grid: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class MediaEncoder:
-    """An encoder of images (later audio): what the media process and the pre layer need of it.
+    """An encoder of images (later audio): what the media process, the engine and the pre layer need of it.
+
+    The hook is asked twice: in the engine, and with device "meta" in the media process, which preprocesses.
 
     Attributes:
         name: unique within the model, e.g. "image"; its parameters are named "media.{name}.…".
         kind: "image" or "audio".
-        preprocess: bytes of one item to named tensors. It never opens a path or an address.
-        num_tokens: the preprocessed tensors to the number of tokens that the item takes in the prompt.
-        module: `torch.nn.Module` from a batch of preprocessed tensors to embeddings `[tokens, E]`.
+        preprocess: bytes of one item to named tensors on the CPU, from several threads at a time. An image comes as a
+            binary PPM (P6): core has decoded it, turned it upright, and made it 8-bit RGB. It never opens a path or an
+            address. Equal bytes give equal tensors.
+        num_tokens: the preprocessed tensors to the number of tokens that the item takes in the prompt, 1 or more.
+        module: `torch.nn.Module` from a list of items, each its preprocessed tensors on the model's device (in the dtypes
+            that `preprocess` gave), to embeddings `[sum of num_tokens, E]` in their order and in the model's dtype. Runs
+            outside of CUDA graphs; an item's embeddings do not depend on those beside it.
+        placeholder: the text that stands for one item in a prompt, e.g. "<image>". Core puts the item's tokens in its
+            place; where the tokenizer has it as a token, that token is looked for, else the text.
+        token_id: the placeholder's token id, for prompts of token ids; None if the vocabulary has none.
+        marker: what stands for an item where a chat template takes text alone; has the placeholder once. "" takes the
+            placeholder itself.
+        grid: the preprocessed tensors to what `positions` must know of the item, e.g. (frames, rows, columns).
+        positions: length of a prompt and its items (of every encoder) to int32 `[3, length]` positions (CPU), and what is
+            to be added to the positions of later tokens; a token's positions depend on what comes before it and its own
+            item alone. None where positions have one axis. One encoder of a model at most has it.
     """
 
     name: str
@@ -360,6 +437,11 @@ class MediaEncoder:
     preprocess: "Callable[[bytes], Mapping[str, torch.Tensor]]"
     num_tokens: "Callable[[Mapping[str, torch.Tensor]], int]"
     module: Any
+    placeholder: str = ""
+    token_id: int | None = None
+    marker: str = ""
+    grid: "Callable[[Mapping[str, torch.Tensor]], tuple[int, ...]] | None" = None
+    positions: "Callable[[int, Sequence[MediaSpan]], tuple[torch.Tensor, int]] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,9 +453,11 @@ class ChatSpec:
         stop: strings that end a reply, beside the model's end-of-sequence tokens.
         tool_parser: name to a factory of incremental tool-call parsers; empty without tools.
         reasoning_parser: as `tool_parser`, for reasoning text.
+        end_token_ids: ids that end every output, chat or not, where no file of the checkpoint names them.
     """
 
     template: str | None = None
     stop: Sequence[str] = ()
     tool_parser: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: MappingProxyType({}))
     reasoning_parser: Mapping[str, Callable[[], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    end_token_ids: Sequence[int] = ()

@@ -1,6 +1,7 @@
 """The weight loader: placements, completeness both ways, refused formats."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from light_core.engine.weights import checkpoint_files, fill_dummy, load_weights, named_parameters
+from light_core.engine.weights import check_names, checkpoint_files, fill_dummy, finish_loading, load_weights, named_parameters
 from light_core.errors import CheckpointError
 from light_core.types import Placement, Shard, WeightPlan
 
@@ -52,6 +53,46 @@ def test_one_tensor_may_fill_two_parameters(tmp_path: Path) -> None:
     )
     load_weights(built, plan, tmp_path, "cpu")
     assert torch.equal(named_parameters(built)["layers.0.b"], both[1:])
+
+
+def test_further_checkpoints_are_read_and_consumed_like_the_first(tmp_path: Path) -> None:
+    (tmp_path / "tower").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"b": torch.full((2,), 2.0), "c": torch.ones(1)}, tmp_path / "tower" / "model.safetensors")
+    plan = WeightPlan((Placement("a", "pre.a"), Placement("b", "post.b")), folders=(str(tmp_path / "tower"),))
+    with pytest.raises(CheckpointError, match="1 tensors are not in the weight plan: c"):
+        load_weights(modules(pre_a=(2,), post_b=(2,)), plan, tmp_path, "cpu")
+    built = modules(pre_a=(2,), post_b=(2,))
+    load_weights(built, replace(plan, ignored=("c",)), tmp_path, "cpu")
+    assert named_parameters(built)["post.b"].tolist() == [2.0, 2.0]
+    with pytest.raises(CheckpointError, match="no weights"):
+        load_weights(built, replace(plan, folders=(str(tmp_path / "nowhere"),)), tmp_path, "cpu")
+
+
+def scaled(placement_extras: tuple[str, ...] = ("w_scale",)) -> WeightPlan:
+    return WeightPlan((Placement("w", "pre.w", transform=lambda w, s: w.float() * s, extras=placement_extras),), prefixes=("model.",))
+
+
+@pytest.mark.parametrize("scale_file", ["a", "w", "z"], ids=["before", "together", "after"])
+def test_a_transform_may_take_further_tensors(tmp_path: Path, scale_file: str) -> None:
+    """Whichever file they are in; they are consumed by it."""
+    w, scale = torch.randn(4, 3).to(torch.float8_e4m3fn), torch.rand(4, 1)
+    files: dict[str, dict[str, torch.Tensor]] = {scale_file: {"model.w_scale": scale}}
+    files.setdefault("w", {})["model.w"] = w
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    built = modules(pre_w=(4, 3))
+    load_weights(built, scaled(), tmp_path, "cpu")
+    assert torch.equal(named_parameters(built)["pre.w"], w.float() * scale)
+    check_names(built, scaled(), ["model.w", "model.w_scale"], tmp_path)
+
+
+def test_a_further_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
+    save_file({"model.w": torch.ones(4, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="w_scale"):
+        load_weights(modules(pre_w=(4, 3)), scaled(), tmp_path, "cpu")
+    with pytest.raises(CheckpointError, match="w_scale"):
+        check_names(modules(pre_w=(4, 3)), scaled(), ["model.w"], tmp_path)
 
 
 def test_shard_reads_its_own_part(tmp_path: Path) -> None:
@@ -157,3 +198,16 @@ def test_weights_in_a_second_layout_are_left_alone(tmp_path: Path) -> None:
     built = modules(pre_w=(2, 2))
     load_weights(built, WeightPlan((Placement("w", "pre.w"),)), tmp_path, "cpu")
     assert torch.equal(named_parameters(built)["pre.w"], torch.ones(2, 2))
+
+
+def test_parts_are_told_when_loading_is_finished() -> None:
+    class Part(nn.Module):
+        calls = 0
+
+        def finish_loading(self) -> None:
+            self.calls += 1
+
+    shared = Part()
+    built = {"pre": nn.Sequential(nn.Identity(), shared), "post": nn.Sequential(Part(), nn.Sequential(Part()))}
+    finish_loading(built)
+    assert [part.calls for part in (shared, built["post"][0], built["post"][1][0])] == [1, 1, 1]

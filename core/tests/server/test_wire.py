@@ -78,7 +78,7 @@ def test_stream_and_document_say_the_same(server: Any, read_events: Read, path: 
 
 def test_an_error_within_a_stream_is_an_event_and_done_follows(start: Any, tokenizer: Any, read_events: Read) -> None:
     class Failing(StubEngine):
-        async def generate(self, prompt: Any, params: Any, *, salt: str = "") -> Any:
+        async def generate(self, prompt: Any, params: Any, *, salt: str = "", media: Any = ()) -> Any:
             yield Delta(0, "he", (1,))
             yield Delta(0, "", (), finish_reason="error", error="cuda failed at 0x7fffdeadbeef")
 
@@ -176,7 +176,7 @@ def test_chat_logprobs(server: Any, read_events: Read) -> None:
 
 def test_minus_infinity_is_a_number(start: Any, tokenizer: Any) -> None:
     class Never(StubEngine):
-        async def generate(self, prompt: Any, params: Any, *, salt: str = "") -> Any:
+        async def generate(self, prompt: Any, params: Any, *, salt: str = "", media: Any = ()) -> Any:
             yield Delta(0, "x", (5,), [TokenLogprobs(-math.inf, 9, ((6, 0.0), (7, -math.inf)))], finish_reason="length")
 
     server = start(Never(tokenizer))

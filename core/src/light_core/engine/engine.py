@@ -18,14 +18,17 @@ import torch
 
 from light_core.config import EngineConfig
 from light_core.engine.loading import Resolved, bind_model, resolve_model
+from light_core.engine.media import EngineMedia
 from light_core.engine.memory import MemoryBudget, cpu_budget, pool_slots
 from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
 from light_core.engine.runner import Launched, ModelRunner
 from light_core.engine.sampling import STATUS_TEXT, Sampler
-from light_core.engine.weights import fill_dummy, load_weights
+from light_core.engine.weights import fill_dummy, finish_loading, load_weights
+from light_core.errors import RequestError
 from light_core.kv.layout import bytes_per_token
+from light_core.media.places import media_kinds
 from light_core.ops import OpTable
-from light_core.plugins import ModelRuntime, PluginRef, chat_spec, describe_machine
+from light_core.plugins import ModelRuntime, PluginRef, chat_spec, describe_machine, plugin_tokenizer
 from light_core.plugins.loading import create_kernel_registry
 from light_core.sampling_params import SamplingParams
 from light_core.scheduler import Scheduler
@@ -62,6 +65,8 @@ class Engine:
         self.runtime = bind_model(resolved, config)
         logger.info("model %s, family %s by plugin %s", resolved.files.folder, resolved.family.name, self.runtime.plugin)
         logger.info("device %s, dtype %s, max_model_len %d", resolved.device, resolved.dtype, resolved.limits.max_model_len)
+        if self.runtime.media_encoders:
+            self._progress("media", 0.0)
         self._load_weights()
         sampler_ops = _sampler_ops(resolved, config)
         self.vocab_size = _vocab_size(self.runtime)
@@ -70,7 +75,8 @@ class Engine:
         self.kernels = list(dict.fromkeys(map(str, (*self.runtime.choices, *sampler_ops.freeze()))))
         for choice in self.kernels:
             logger.info("kernel %s", choice)
-        self.runner = ModelRunner(self.runtime, sampler, use_graphs=not config.enforce_eager)
+        self.media = self._create_media()
+        self.runner = ModelRunner(self.runtime, sampler, use_graphs=not config.enforce_eager, media=self.media)
         num_slots = self._size_pool()
         for share in self.runner.capture():
             self._progress("graphs", share)
@@ -97,7 +103,7 @@ class Engine:
         """End-of-sequence tokens; of a tokenizer that is elsewhere only if that is a local folder."""
         files, tokenizer = self.resolved.files, Path(self.config.tokenizer or self.resolved.files.folder)
         named = not self.config.skip_tokenizer_init and tokenizer.is_dir()
-        found = read_end_tokens(files.raw, files.folder, tokenizer if named else None)
+        found = read_end_tokens(files.raw, files.folder, tokenizer if named else None) | frozenset(self.chat_spec().end_token_ids)
         return frozenset(token for token in found if token < self.vocab_size)
 
     def _load_weights(self) -> None:
@@ -108,8 +114,16 @@ class Engine:
             fill_dummy(modules, plan, self.config.seed)
         else:
             load_weights(modules, plan, self.resolved.files.folder, self.resolved.device, lambda share: self._progress("weights", share))
+        finish_loading(modules)
         self._progress("weights", 1.0)
         logger.info("weights ready in %.1f s", time.perf_counter() - began)
+
+    def _create_media(self) -> EngineMedia | None:
+        encoders, limits = self.runtime.media_encoders, self.resolved.limits
+        if not encoders:
+            return None
+        device, cache_bytes = torch.device(self.resolved.device), self.config.media_cache_bytes
+        return EngineMedia(encoders, self.vocab_size, device, limits.max_num_batched_tokens, cache_bytes)
 
     def _size_pool(self) -> int:
         """Measures what is left for KV, takes it, and returns the number of slots."""
@@ -118,6 +132,8 @@ class Engine:
         self.runner.allocate_kv(PROFILE_SLOTS)
         if self.resolved.device == "cpu":
             self.runner.profile(1)
+            if self.media is not None:
+                self.media.profile()
             budget = cpu_budget()
         else:
             budget = self._measure_gpu()
@@ -142,13 +158,16 @@ class Engine:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         self.runner.profile()
+        if self.media is not None:
+            self.media.profile()
         torch.cuda.synchronize(device)
         activations = torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()
         graphs = self.runner.graph_bytes()
         free, total = torch.cuda.mem_get_info(device)
         usable = int(total * self.config.gpu_memory_utilization)
-        return MemoryBudget(total, usable, weights=total - free, activations=int(activations), graphs=graphs)
+        media = self.media.reserved_bytes if self.media is not None else 0
+        return MemoryBudget(total, usable, weights=total - free, activations=int(activations), graphs=graphs, media=media)
 
     # ------------------------------------------------------------------------------------ requests
 
@@ -159,7 +178,13 @@ class Engine:
             RequestError: it can never be served; nothing has changed.
         """
         self.runner.sampler.check(request)
-        self.scheduler.add(request)
+        if not request.media:
+            self.scheduler.add(request)
+            return
+        if self.media is None:
+            raise RequestError("this model takes text", "media")
+        self.scheduler.check(request)
+        self.media.add(request)
 
     def abort(self, request_id: int, finish_reason: str = "abort") -> None:
         """Ends a request, whatever it is doing; its memory is free at once. Unknown ones are ignored.
@@ -170,6 +195,8 @@ class Engine:
         """
         self._prompt_logprobs.pop(request_id, None)
         self._prompt_told.discard(request_id)
+        if self.media is not None and (waiting := self.media.remove(request_id)) is not None:
+            self.scheduler.add(waiting)  # where its end is counted
         self.scheduler.abort(request_id, finish_reason)
 
     def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
@@ -179,7 +206,8 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
-        return bool(self._launched) or self.scheduler.num_unfinished > 0
+        waiting = self.media.num_waiting if self.media is not None else 0
+        return bool(self._launched) or self.scheduler.num_unfinished + waiting > 0
 
     # ------------------------------------------------------------------------------------ the step
 
@@ -190,11 +218,12 @@ class Engine:
             Exception: whatever the model raised. Every request has ended then, and new ones can be added.
         """
         try:
-            plan, refused = self.scheduler.plan(), []
+            refused = self._encode() if self.media is not None and self.media.num_waiting else []
+            plan = self.scheduler.plan()
             if plan is not None:
                 launched = self.runner.launch(plan)
                 self._launched.append(launched)
-                refused = [self._refuse(request_id, reason) for request_id, reason in launched.refused.items()]
+                refused += [self._refuse(request_id, reason) for request_id, reason in launched.refused.items()]
             if len(self._launched) > self._depth or (plan is None and self._launched):
                 return refused + self._finish(self._launched.popleft())
             return refused
@@ -202,14 +231,35 @@ class Engine:
             self._launched.clear()
             self._prompt_logprobs.clear()
             self._prompt_told.clear()
+            for request in self.media.clear() if self.media is not None else ():
+                self.scheduler.add(request)
             self.scheduler.fail()
             raise
+
+    def _encode(self) -> list[TokenUpdate]:
+        """Hands requests with media to the scheduler, as far as their items are encoded; returns the ends of those whose
+        items cannot be."""
+        assert self.media is not None
+        ready, refused = self.media.encode_waiting(self.scheduler.cached_len)
+        for request in ready:
+            self.scheduler.add(request)
+        updates = []
+        for request_id, reason in refused.items():
+            waiting = self.media.remove(request_id)
+            assert waiting is not None, "what was refused had been waiting"
+            self.scheduler.add(waiting)
+            update = self._refuse(request_id, reason)
+            update.param = ""
+            updates.append(update)
+        return updates
 
     def _refuse(self, request_id: int, reason: str) -> TokenUpdate:
         """Ends a request that the sampler had no memory for."""
         update = self.scheduler.abort(request_id, "error")
         assert update is not None, "a request that has just been planned is live"
         update.error = reason
+        if self.media is not None:
+            self.media.release(request_id)
         return update
 
     def drain(self) -> None:
@@ -228,6 +278,9 @@ class Engine:
         sampled = launched.sampled.result()
         errors = {index: STATUS_TEXT[int(sampled.status[index])] for index in np.flatnonzero(sampled.status).tolist()}
         updates = self.scheduler.commit(plan, sampled.token_ids, errors)
+        if self.media is not None and self.media.has_pins:
+            for update in updates:  # the first token of each says that its prompt is in KV
+                self.media.release(update.request_id)
         if sampled.logprobs is not None or any(request.params.prompt_logprobs is not None for request in plan.requests):
             self._attach_logprobs(updates, plan.sampled_requests, sampled.logprobs)
         return updates
@@ -256,8 +309,16 @@ class Engine:
 
     def chat_spec(self) -> ChatSpec:
         """What the family says about conversations. Calls a hook."""
-        resolved = self.resolved
-        return chat_spec(resolved.plugins, family=resolved.family, config=resolved.files.config, limits=resolved.limits)
+        return chat_spec(self.resolved.plugins, **self._about())
+
+    def plugin_tokenizer(self, folder: str) -> Any | None:
+        """The tokenizer that the family makes of the files in `folder`, or None. Calls a hook."""
+        return plugin_tokenizer(self.resolved.plugins, **self._about() | {"folder": folder})
+
+    def _about(self) -> dict[str, Any]:
+        """What hooks that build nothing are asked about."""
+        files, resolved = self.resolved.files, self.resolved
+        return {"family": resolved.family, "config": files.config, "limits": resolved.limits, "folder": str(files.folder)}
 
     @property
     def card(self) -> ModelCard:
@@ -271,12 +332,22 @@ class Engine:
             "max_num_seqs": resolved.limits.max_num_seqs,
             "kernels": self.kernels,
             "startup_s": round(self.startup_s, 2),
+            "weight_bytes": self._weight_bytes(),
         }
-        return ModelCard(resolved.limits.max_model_len, self.vocab_size, str(self.runtime.plugin), info)
+        kinds = media_kinds(self.runtime.media_encoders)
+        return ModelCard(resolved.limits.max_model_len, self.vocab_size, str(self.runtime.plugin), info, kinds)
+
+    def _weight_bytes(self) -> int:
+        parameters = {id(one): one for module in self.runtime.modules.values() for one in module.parameters()}
+        return sum(one.numel() * one.element_size() for one in parameters.values())
 
     def stats(self) -> EngineStats:
         """As of now."""
-        return self.scheduler.stats()
+        stats = self.scheduler.stats()
+        if self.media is not None:
+            stats.num_requests_waiting += self.media.num_waiting
+            stats.media_items, stats.media_encoded = self.media.num_items, self.media.num_encoded
+        return stats
 
     def shutdown(self) -> None:
         """Gives the device's memory back, that of the weights included."""

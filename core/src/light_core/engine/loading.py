@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from light_core.config import EngineConfig
-from light_core.engine.model_files import ModelFiles, read_config, resolve_dtype, resolve_folder, resolve_max_model_len
+from light_core.engine.model_files import ModelFiles, read_config, resolve_dtype, resolve_folder, resolve_max_model_len, text_files
 from light_core.errors import ConfigError, ModelError
 from light_core.plugins import (
     LoadedPlugins,
@@ -20,7 +20,7 @@ from light_core.plugins import (
 )
 from light_core.types import Family, Limits
 
-__all__ = ["Resolved", "bind_model", "resolve_device", "resolve_model"]
+__all__ = ["Resolved", "bind_model", "resolve_device", "resolve_model", "resolve_quantization"]
 
 GPU_DEFAULTS = (512, 8192)
 CPU_DEFAULTS = (64, 512)
@@ -33,7 +33,7 @@ class Resolved:
     Attributes:
         plugins: loaded.
         files: folder and configuration of the model.
-        family: that serves it.
+        family: that serves its architecture.
         device: "cpu" or "cuda:0".
         dtype: of parameters and activations.
         limits: bounds of a request and of a step.
@@ -83,14 +83,19 @@ def resolve_model(config: EngineConfig, refs: Sequence[PluginRef] | None = None)
     folder = resolve_folder(config.model, config.revision, shipped, weights=config.load_format != "dummy")
     files = read_config(folder, config.hf_overrides)
     family = resolve_family(files.architectures, plugins)
-    quantization = _quantization(files, family)
+    quantization = resolve_quantization(files, family)
     device = resolve_device(config.device)
-    limits = _limits(config, resolve_max_model_len(files, config.max_model_len), device)
-    return Resolved(plugins, files, family, device, resolve_dtype(files, config.dtype, device), limits, quantization)
+    text = text_files(files, family)
+    limits = _limits(config, resolve_max_model_len(text, config.max_model_len), device)
+    return Resolved(plugins, files, family, device, resolve_dtype(text, config.dtype, device), limits, quantization)
 
 
-def _quantization(files: ModelFiles, family: Family) -> str | None:
-    """The weight format that config.json names. Raises `ModelError` if the family does not load it."""
+def resolve_quantization(files: ModelFiles, family: Family) -> str | None:
+    """The weight format that config.json names, or None for plain weights.
+
+    Raises:
+        ModelError: the family does not load it.
+    """
     named = files.raw.get("quantization_config")
     if not named:
         return None

@@ -24,6 +24,7 @@ class MemoryBudget:
         weights: parameters and everything else that stays.
         activations: peak of one step of the full token budget.
         graphs: CUDA graphs.
+        media: embeddings that are kept.
     """
 
     total: int
@@ -31,16 +32,18 @@ class MemoryBudget:
     weights: int
     activations: int = 0
     graphs: int = 0
+    media: int = 0
 
     @property
     def kv(self) -> int:
         """Bytes left for the KV pool."""
-        return self.usable - self.weights - self.activations - self.graphs
+        return self.usable - self.weights - self.activations - self.graphs - self.media
 
     def __str__(self) -> str:
+        media = f" + media {self.media / GIB:.2f}" if self.media else ""
         return (
             f"{self.total / GIB:.2f} GiB, usable {self.usable / GIB:.2f} = weights {self.weights / GIB:.2f} + activations "
-            f"{self.activations / GIB:.2f} + graphs {self.graphs / GIB:.2f} + KV {self.kv / GIB:.2f}"
+            f"{self.activations / GIB:.2f} + graphs {self.graphs / GIB:.2f}{media} + KV {self.kv / GIB:.2f}"
         )
 
 

@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from light_core.errors import ConfigError, ModelError
+from light_core.types import Family
 
-__all__ = ["ModelFiles", "max_positions", "read_config", "resolve_dtype", "resolve_folder", "resolve_max_model_len"]
+__all__ = [
+    "ModelFiles",
+    "create_config",
+    "max_positions",
+    "read_config",
+    "resolve_dtype",
+    "resolve_folder",
+    "resolve_max_model_len",
+    "text_files",
+]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Mistral's repositories hold the weights twice, the second time under names of their own.
@@ -121,10 +131,15 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ModelFiles:
     named = raw.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ModelError(f"{path} is not valid", f"architectures is {named!r:.100}, a list of names is needed", "mend config.json")
-    return ModelFiles(folder, _config_object(raw, path), raw)
+    return ModelFiles(folder, create_config(raw, str(path)), raw)
 
 
-def _config_object(raw: dict[str, Any], path: Path) -> Any:
+def create_config(raw: Mapping[str, Any], where: str) -> Any:
+    """transformers' configuration object of the entries `raw`; one of plain attributes for a type that it does not know.
+
+    Raises:
+        ModelError: the entries are not valid; the message says `where` they are from.
+    """
     from transformers import PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -138,8 +153,28 @@ def _config_object(raw: dict[str, Any], path: Path) -> Any:
         return kind.from_dict(dict(raw))
     except Exception as error:  # whatever transformers' validation raises is a fault of this file
         raise ModelError(
-            f"{path} is not a valid {model_type or 'model'} configuration", " ".join(str(error).split())[:200], "check its values"
+            f"{where} is not a valid {model_type or 'model'} configuration", " ".join(str(error).split())[:200], "check its values"
         ) from error
+
+
+def text_files(files: ModelFiles, family: Family) -> ModelFiles:
+    """`files` as the text model's own: `files` itself, but for a multimodal checkpoint.
+
+    Args:
+        files: of the checkpoint.
+        family: that serves its architecture.
+
+    Raises:
+        ModelError: the configuration of the text model is missing or not valid.
+    """
+    from light_core.plugins.text_model import read_text_config
+
+    if family.text_config is None:
+        return files
+    entry = files.raw.get(family.text_config)
+    raw = dict(entry) if isinstance(entry, Mapping) else dict(files.raw)
+    dtypes = {name: files.raw[name] for name in ("dtype", "torch_dtype") if files.raw.get(name)}
+    return ModelFiles(files.folder, read_text_config(family, files.config), raw | dtypes)
 
 
 def max_positions(files: ModelFiles) -> int | None:

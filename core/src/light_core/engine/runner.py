@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 
 from light_core.engine.graphs import DecodeGraphs, batch_sizes
+from light_core.engine.media import EngineMedia
+from light_core.engine.positions import PositionAxes
 from light_core.engine.requests import TokenLogprobs
 from light_core.engine.sampling import PendingLogprobs, Sampled, Sampler
 from light_core.engine.staging import Staging
@@ -20,6 +22,7 @@ from light_core.errors import OverloadedError
 from light_core.kv.layout import allocate
 from light_core.plugins import ModelRuntime
 from light_core.scheduler.plan import StepPlan
+from light_core.scheduler.sharing import MIN_MEMBERS
 from light_core.types import Hidden, KVView, Step
 
 __all__ = ["Launched", "ModelRunner"]
@@ -57,10 +60,11 @@ class ModelRunner:
         runtime: what `bind` gave, with weights loaded.
         sampler: for `max_num_seqs` rows.
         use_graphs: capture CUDA graphs for decodes.
+        media: the model's encoders at work; None for a model without.
     """
 
-    def __init__(self, runtime: ModelRuntime, sampler: Sampler, use_graphs: bool) -> None:
-        self.runtime, self.sampler = runtime, sampler
+    def __init__(self, runtime: ModelRuntime, sampler: Sampler, use_graphs: bool, media: EngineMedia | None = None) -> None:
+        self.runtime, self.sampler, self.media = runtime, sampler, media
         self.device = torch.device(runtime.model.device)
         self.limits = limits = runtime.model.limits
         self._use_graphs = use_graphs and self.device.type == "cuda"
@@ -69,6 +73,8 @@ class ModelRunner:
             {
                 "rows": ("int32", seqs),
                 "seq_lens": ("int32", seqs),
+                "prompt_lens": ("int32", seqs),
+                "shared_prefixes": ("int32", 3 * seqs),
                 "query_starts": ("int32", seqs + 1),
                 "logits_rows": ("int64", seqs),
                 "slots": ("int64", tokens),
@@ -82,6 +88,7 @@ class ModelRunner:
         self.kv: tuple[KVView, ...] = ()
         self._graphs: DecodeGraphs | None = None
         self._arange = torch.arange(seqs + 1, dtype=torch.int32, device=self.device)
+        self._axes = PositionAxes(seqs, self.device) if media is not None and media.has_axes else None
 
     # ------------------------------------------------------------------------------------ memory and graphs
 
@@ -114,6 +121,7 @@ class ModelRunner:
             {
                 "rows": np.full(len(lens), self.limits.max_num_seqs, np.int32),
                 "seq_lens": np.asarray(seq_lens, np.int32),
+                "prompt_lens": np.asarray(lens, np.int32),
                 "query_starts": starts,
                 "logits_rows": np.arange(rows, dtype=np.int64),
                 "slots": np.full(total, self.num_slots - 1, np.int64),
@@ -126,6 +134,8 @@ class ModelRunner:
             max_seq_len=max(seq_lens),
         )
         step.prefill_lens = tuple(zip(lens, seq_lens))
+        if self._axes is not None:
+            step.media_positions = step.positions.repeat(3, 1)
         logits = self._logits(self._hidden(step), step)
         self.sampler.profile(logits)
 
@@ -189,7 +199,16 @@ class ModelRunner:
             num_decodes=size,
             max_query_len=1,
             max_seq_len=self.limits.max_model_len,
+            prompt_lens=view("prompt_lens", size),
+            # So few decodes are never grouped, and their graphs do without a kernel for it.
+            shared_prefixes=self._shared_prefixes(size) if size >= MIN_MEMBERS else None,
+            media_positions=None if self._axes is None else self._axes.of_decodes(rows, positions),
         )
+
+    def _shared_prefixes(self, size: int) -> torch.Tensor:
+        """The region's first `size` places, `[3, size]`."""
+        seqs = self.limits.max_num_seqs
+        return self._staging.view("shared_prefixes", 3 * seqs).view(3, seqs)[:, :size]
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -204,6 +223,8 @@ class ModelRunner:
                 self.sampler.admit(admitted.row, admitted.request, admitted.output_ids)
             except OverloadedError as error:
                 refused[admitted.request.request_id] = str(error)
+            if self._axes is not None:
+                self._axes.admit(admitted.row, admitted.request.position_delta)
         num_sampled = len(plan.sampled)
         prepared = self.sampler.prepare(plan.sample_request_rows, plan.num_output_tokens) if num_sampled else None
         size = self._graphs.padded(plan.num_decodes) if self._graphs and plan.num_decodes == plan.num_tokens else None
@@ -237,6 +258,8 @@ class ModelRunner:
             {
                 "rows": plan.rows,
                 "seq_lens": plan.seq_lens,
+                "prompt_lens": plan.prompt_lens,
+                "shared_prefixes": _shared_prefixes(plan.shared_prefixes, self.limits.max_num_seqs),
                 "query_starts": starts,
                 "logits_rows": plan.sample_rows,
                 "slots": plan.slots,
@@ -250,6 +273,12 @@ class ModelRunner:
         )
         prefills = slice(plan.num_decodes, None)
         step.prefill_lens = tuple(zip(plan.query_lens[prefills].tolist(), plan.seq_lens[prefills].tolist()))
+        if plan.shared_prefixes is not None:
+            step.shared_prefixes = self._shared_prefixes(plan.num_decodes)
+        if plan.media and self.media is not None:
+            step.media = self.media.tokens(plan.media)
+        if self._axes is not None:
+            step.media_positions = self._axes.of_plan(plan)
         if plan.num_decodes:
             step.token_ids[: plan.num_decodes] = self.sampler.last_tokens[step.rows[: plan.num_decodes].long()]
         return step
@@ -269,6 +298,7 @@ class ModelRunner:
             num_decodes=num_decodes,
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
+            prompt_lens=tensors["prompt_lens"],
         )
 
     def _hidden(self, step: Step) -> Hidden:
@@ -302,6 +332,8 @@ def _padding(size: int, padding_row: int, padding_slot: int) -> dict[str, npt.ND
     return {
         "rows": np.full(size, padding_row, np.int32),
         "seq_lens": np.ones(size, np.int32),
+        "prompt_lens": np.ones(size, np.int32),
+        "shared_prefixes": _shared_prefixes(None, padding_row),
         "slots": np.full(size, padding_slot, np.int64),
         "positions": np.zeros(size, np.int32),
     }
@@ -310,6 +342,18 @@ def _padding(size: int, padding_row: int, padding_slot: int) -> dict[str, npt.ND
 def _padded(plan: StepPlan, size: int, padding_row: int, padding_slot: int) -> dict[str, npt.NDArray[Any]]:
     """The decode arrays of `plan`, filled up to `size` with the padding row, whose only slot is the padding slot."""
     arrays = _padding(size, padding_row, padding_slot)
-    for name, values in (("rows", plan.rows), ("seq_lens", plan.seq_lens), ("slots", plan.slots), ("positions", plan.positions)):
+    for name in ("rows", "seq_lens", "prompt_lens", "slots", "positions"):
+        values = getattr(plan, name)
         arrays[name][: len(values)] = values
+    arrays["shared_prefixes"] = _shared_prefixes(plan.shared_prefixes, padding_row)
     return arrays
+
+
+def _shared_prefixes(table: npt.NDArray[np.int32] | None, count: int) -> npt.NDArray[np.int32]:
+    """`table` (int32 [3, n]; None for one that shares nothing) with `count` places, flat. The added ones share nothing,
+    so that its front is right for any batch size from n on."""
+    whole = np.zeros((3, count), np.int32)
+    whole[0] = np.arange(count)
+    if table is not None:
+        whole[:, : table.shape[1]] = table
+    return whole.ravel()

@@ -7,7 +7,7 @@ the checkpoint is consumed, every parameter is set. Not here: finding or downloa
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from light_core.errors import CheckpointError
 from light_core.types import Placement, Shard, WeightPlan
 
-__all__ = ["check_names", "checkpoint_files", "fill_dummy", "load_weights", "named_parameters", "tie"]
+__all__ = ["check_names", "checkpoint_files", "fill_dummy", "finish_loading", "load_weights", "named_parameters", "plan_files", "tie"]
 
 Progress = Callable[[float], None]
 WHOLE = "model.safetensors"
@@ -50,7 +50,7 @@ def load_weights(
     Args:
         modules: "pre", "layers.{i}", "post" and so on to modules whose parameters are on `device`; overwritten.
         plan: where each tensor goes.
-        folder: holds `*.safetensors`, with or without an index.
+        folder: holds `*.safetensors`, with or without an index; `plan.folders` are read as well.
         device: of the parameters.
         progress: called with the share of bytes read, 0 to 1.
         shard: tensor-parallel place; a placement's `shard_dim` is cut by it.
@@ -64,10 +64,11 @@ def load_weights(
     """
     tie(modules, plan.ties)
     target = _Target(named_parameters(modules), plan)
-    files = checkpoint_files(folder)
+    files = plan_files(plan, folder)
+    extras = _Extras(files, target)
     total, done = sum(file.stat().st_size for file in files) or 1, 0
     for file in files:
-        for name, nbytes in _load_file(file, target, shard):
+        for name, nbytes in _load_file(file, target, shard, extras):
             del name
             done += nbytes
             if progress is not None:
@@ -111,6 +112,18 @@ def fill_dummy(modules: Mapping[str, nn.Module], plan: WeightPlan, seed: int) ->
             data.uniform_(-DUMMY_BOUND, DUMMY_BOUND, generator=generators[device])
         else:
             data.view(torch.uint8).random_(0, 64, generator=generators[device])  # finite in int8 and in float8
+
+
+def finish_loading(modules: Mapping[str, nn.Module]) -> None:
+    """Tells the modules that their parameters are filled: calls `finish_loading()` of each part that has one.
+
+    There a part may lay a weight out as its kernel reads it best. `load_weights` cannot fill it afterwards.
+    """
+    for module in modules.values():
+        for part in module.modules():
+            finish = getattr(part, "finish_loading", None)
+            if callable(finish):
+                finish()
 
 
 def tie(modules: Mapping[str, nn.Module], ties: Mapping[str, str]) -> None:
@@ -162,6 +175,11 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     )
 
 
+def plan_files(plan: WeightPlan, folder: str | Path) -> list[Path]:
+    """`checkpoint_files` of `folder` and of every folder that `plan` names."""
+    return [file for each in (folder, *plan.folders) for file in checkpoint_files(each)]
+
+
 def _indexed(index: Path) -> list[str]:
     """Names of the files that `index` lists."""
     try:
@@ -185,7 +203,7 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _load_file(file: Path, target: "_Target", shard: Shard) -> Iterator[tuple[str, int]]:
+def _load_file(file: Path, target: "_Target", shard: Shard, extras: "_Extras") -> Iterator[tuple[str, int]]:
     with _open(file) as reader:
         for name in reader.offset_keys():
             placements = target.take(name, file)
@@ -193,8 +211,29 @@ def _load_file(file: Path, target: "_Target", shard: Shard) -> Iterator[tuple[st
                 continue
             tensor = reader.get_tensor(name)
             for placement in placements:
-                target.copy(placement, tensor, shard)
+                target.copy(placement, tensor, shard, extras.read(placement))
             yield name, tensor.numel() * tensor.element_size()
+
+
+class _Extras:
+    """The tensors that transforms take beside the one they are for; found and read when they are asked for."""
+
+    def __init__(self, files: list[Path], target: "_Target") -> None:
+        self._files, self._target = files, target
+        self._readers: dict[str, tuple[Any, str]] | None = None
+
+    def read(self, placement: Placement) -> list[torch.Tensor]:
+        """Those of `placement`. Raises `CheckpointError` for one that the checkpoint lacks."""
+        if not placement.extras:
+            return []
+        if self._readers is None:
+            opened = [_open(file) for file in self._files]
+            self._readers = {self._target.strip(name): (reader, name) for reader in opened for name in reader.keys()}  # noqa: SIM118
+        if missing := [name for name in placement.extras if name not in self._readers]:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {missing[0]!r}", f"{placement.source!r} cannot be read without it", "download it again"
+            )
+        return [reader.get_tensor(name) for reader, name in (self._readers[extra] for extra in placement.extras)]
 
 
 class _Target:
@@ -210,6 +249,7 @@ class _Target:
                     f"the weight plan fills {placement.param!r}", "the model has no such parameter", "fix the plugin's weight plan or model"
                 )
             self._wanted[placement.source].append(placement)
+        self._extras = {name for placement in plan.placements for name in placement.extras}
         self._filled: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._optional: set[str] = {placement.param for placement in plan.placements if placement.optional}
         self._taken: dict[str, Path] = {}
@@ -217,7 +257,7 @@ class _Target:
 
     def take(self, name: str, file: Path) -> list[Placement]:
         """Placements of checkpoint tensor `name`; [] if it is ignored or unexpected."""
-        short = self._strip(name)
+        short = self.strip(name)
         if short in self._taken:
             raise CheckpointError(
                 f"tensor {name!r} is twice in the checkpoint", f"in {self._taken[short].name} and {file.name}", "remove one file"
@@ -225,24 +265,28 @@ class _Target:
         if short in self._wanted:
             self._taken[short] = file
             return self._wanted[short]
+        if short in self._extras:
+            self._taken[short] = file
+            return []
         if not any(pattern.fullmatch(name) or pattern.fullmatch(short) for pattern in self._ignored):
             self._unexpected.append(name)
         return []
 
-    def _strip(self, name: str) -> str:
+    def strip(self, name: str) -> str:
+        """The name as the plan spells it."""
         for prefix in self._plan.prefixes:
             if name.startswith(prefix) and name not in self._wanted:
                 return name[len(prefix) :]
         return name
 
-    def copy(self, placement: Placement, tensor: torch.Tensor, shard: Shard) -> None:
+    def copy(self, placement: Placement, tensor: torch.Tensor, shard: Shard, extras: Sequence[torch.Tensor] = ()) -> None:
         """Copies `tensor` to where `placement` says."""
         original = tuple(tensor.shape)
         if placement.shard_dim is not None and shard.size > 1:
             part = tensor.shape[placement.shard_dim] // shard.size
             tensor = tensor.narrow(placement.shard_dim, shard.rank * part, part)
         if placement.transform is not None:
-            tensor = placement.transform(tensor)
+            tensor = placement.transform(tensor, *extras)
         parameter = self._parameters[placement.param].data
         rows = self._rows(placement)
         place = (
@@ -278,6 +322,9 @@ class _Target:
         unset = [names[0] for names in tied.values() if not self._complete(names)]
         if unset:
             problems.append(f"{len(unset)} parameters are not set: {_listed(unset)}")
+        needed = {name for source in self._taken for placement in self._wanted.get(source, ()) for name in placement.extras}
+        if lacking := sorted(needed - set(self._taken)):
+            problems.append(f"{len(lacking)} tensors that others need are missing: {_listed(lacking)}")
         if problems:
             raise CheckpointError(
                 f"the checkpoint in {folder} does not fit the model", "; ".join(problems), "check that config.json belongs to these weights"

@@ -6,7 +6,7 @@ Not here: weights are loaded and KV memory is allocated by the engine, from what
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -15,12 +15,13 @@ from light_core.ops import Choice, KernelRegistry, Machine, OpTable
 from light_core.plugins.layout import layout_problem
 from light_core.plugins.loading import LoadedPlugins, create_kernel_registry
 from light_core.plugins.refs import PluginInfo
+from light_core.plugins.text_model import read_text_config, resolve_text_family
 from light_core.types import ChatSpec, Family, KVLayout, Layer, Limits, MediaEncoder, ModelContext, PostLayer, PreLayer, Shard, WeightPlan
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ModelRuntime", "bind", "chat_spec", "describe_machine"]
+__all__ = ["ModelRuntime", "bind", "chat_spec", "describe_machine", "media_encoders", "plugin_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class ModelRuntime:
 
     Attributes:
         model: what the hooks were asked about; its op table is frozen.
-        plugin: the plugin of the model's family.
+        plugin: the plugin that serves the checkpoint's architecture.
         pre, layers, post: modules with uninitialised parameters on `model.device`.
         kv_layout: checked.
         weight_plan: where the tensors of the checkpoint go.
@@ -93,8 +94,10 @@ def bind(
 
     Args:
         loaded: the plugins.
-        family: of the model, from `resolve_family`.
-        config, dtype, device, limits, shard, quantization, folder: as `ModelContext` has them.
+        family: of the checkpoint, from `resolve_family`; where it says that the text model is of another family, that
+            one is found here.
+        config: of the checkpoint.
+        dtype, device, limits, shard, quantization, folder: as `ModelContext` has them.
         machine: where kernels run; None takes it from `device`.
         kernels: op to the name of the kernel that must serve it.
 
@@ -103,10 +106,13 @@ def bind(
             breaks a rule, or a hook failed.
         ConfigError: the family cannot serve this dtype, quantisation or tensor-parallel size, or a kernel named in
             `kernels` cannot serve.
+        ModelError: no plugin serves the text model of a multimodal checkpoint.
     """
     _check_capabilities(family, dtype, shard, quantization)
     ops = OpTable(create_kernel_registry(loaded), machine or describe_machine(device), dtype, kernels)
-    model = ModelContext(family, config, dtype, device, ops, limits, shard, quantization, folder)
+    model = _context(loaded, ops, family=family, config=config, device=device, limits=limits, folder=folder)
+    model = replace(model, shard=shard, quantization=quantization)
+    _check_capabilities(model.family, dtype, shard, quantization)
     hooks = _ModelHooks(loaded, model)
     layout = hooks.one("light_kv_layout", KVLayout)
     if problem := layout_problem(layout):
@@ -120,10 +126,10 @@ def bind(
         layers = tuple(hooks.one("light_layer", Module, layer_id=layer_id) for layer_id in range(num_layers))
         post = hooks.one("light_post_layer", Module)
         encoders = tuple(hooks.one_or_none("light_media_encoders", tuple) or ())
-    _check_encoders(encoders, hooks.owner)
+    _check_encoders(encoders, loaded.families.owner(family))
     return ModelRuntime(
         model,
-        hooks.owner,
+        loaded.families.owner(family),
         cast(PreLayer, pre),
         cast("tuple[Layer, ...]", layers),
         cast(PostLayer, post),
@@ -149,10 +155,66 @@ def chat_spec(
     Raises:
         PluginError: more than one plugin answers, or the hook failed.
     """
+    model = _context(loaded, _no_ops(dtype), family=family, config=config, device="meta", limits=limits, folder=folder)
+    return _ModelHooks(loaded, model).one_or_none("light_chat", ChatSpec) or ChatSpec()
+
+
+def plugin_tokenizer(loaded: LoadedPlugins, *, family: Family, config: Any, limits: Limits, folder: str) -> Any | None:
+    """The tokenizer that the family makes of the files in `folder`, a transformers tokenizer; None where transformers is to
+    read them by itself. For every process that handles text: builds no layer, imports no torch.
+
+    Raises:
+        PluginError: more than one plugin answers, the hook failed, or its answer is no tokenizer.
+        ModelError: a file of the tokenizer is not valid.
+    """
+    if not loaded.manager.hook.light_tokenizer.get_hookimpls():
+        return None
+    from transformers import PreTrainedTokenizerBase
+
+    model = _context(loaded, _no_ops("float32"), family=family, config=config, device="meta", limits=limits, folder=folder)
+    return _ModelHooks(loaded, model).one_or_none("light_tokenizer", PreTrainedTokenizerBase)
+
+
+def media_encoders(
+    loaded: LoadedPlugins, *, family: Family, config: Any, limits: Limits, dtype: str = "float32", folder: str = ""
+) -> tuple[MediaEncoder, ...]:
+    """The encoders of the model with modules that hold no memory, for a process that preprocesses and encodes nothing.
+
+    Raises:
+        PluginError: more than one plugin answers, the hook failed, or its answer is not what it asks for.
+    """
+    if not loaded.manager.hook.light_media_encoders.get_hookimpls():
+        return ()
+    ops = OpTable(create_kernel_registry(loaded), Machine("meta", name="meta"), dtype)
+    model = _context(loaded, ops, family=family, config=config, device="meta", limits=limits, folder=folder)
+    hooks = _ModelHooks(loaded, model)
+    with _building("meta", model.torch_dtype):
+        encoders = tuple(hooks.one_or_none("light_media_encoders", tuple) or ())
+    _check_encoders(encoders, loaded.families.owner(family))
+    return encoders
+
+
+def _context(loaded: LoadedPlugins, ops: OpTable, *, family: Family, config: Any, device: str, limits: Limits, folder: str) -> ModelContext:
+    """What hooks are asked about: of a multimodal checkpoint the text model, with the checkpoint beside it."""
+    text = read_text_config(family, config)
+    return ModelContext(
+        family=resolve_text_family(family, text, loaded),
+        config=text,
+        dtype=ops.dtype,
+        device=device,
+        ops=ops,
+        limits=limits,
+        folder=folder,
+        checkpoint_family=family,
+        checkpoint_config=config,
+    )
+
+
+def _no_ops(dtype: str) -> OpTable:
+    """An op table for hooks that build nothing."""
     ops = OpTable(KernelRegistry(), Machine("meta", name="meta"), dtype)
     ops.freeze()
-    model = ModelContext(family, config, dtype, "meta", ops, limits, folder=folder)
-    return _ModelHooks(loaded, model).one_or_none("light_chat", ChatSpec) or ChatSpec()
+    return ops
 
 
 def _check_capabilities(family: Family, dtype: str, shard: Shard, quantization: str | None) -> None:

@@ -55,12 +55,14 @@ CONTROL = np.dtype(
 )
 """64 bytes, a cache line: writers of neighbouring slots do not disturb one another."""
 
-HEARTBEATS = ("engine", "detokenizer", "http")
+HEARTBEATS = ("engine", "detokenizer", "http", "media")
 WORDS = 16
 ROW_TOKENS, ENGINE_READY, DETOKENIZER_READY, HTTP_READY, BUSY_SINCE_NS, NUM_STEPS, FIRST_HEARTBEAT = range(7)
+MEDIA_WANTED, MEDIA_READY = FIRST_HEARTBEAT + len(HEARTBEATS), FIRST_HEARTBEAT + len(HEARTBEATS) + 1
+"""Set by the engine, whose model has encoders; and by the media process."""
 TAKES_IDS, TAKES_TEXT, TAKES_CHAT = 1, 2, 3
 """Values of HTTP_READY: what prompts may be; each includes those before it."""
-BLOBS = {"progress": (1024, 4096), "card": (8192, 49152), "stats": (57344, 8192)}
+BLOBS = {"progress": (1024, 4096), "media": (5120, 3072), "card": (8192, 49152), "stats": (57344, 8192)}
 BOARD_BYTES = 65536
 
 

@@ -5,11 +5,12 @@ Not here: HTTP. Everything runs in the event loop's thread; nothing blocks.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import zmq
 from light_core.config import EngineConfig
 from light_core.engine.requests import EngineStats
 from light_core.errors import EngineDeadError, OverloadedError, RequestError
-from light_core.processes.arena import DETOKENIZER_READY, ENGINE_READY, Arena, SlotRange
+from light_core.media.items import MediaSource, PlacedItem, PreparedItem
+from light_core.media.sources import check_source
+from light_core.processes.arena import DETOKENIZER_READY, ENGINE_READY, MEDIA_READY, MEDIA_WANTED, Arena, SlotRange
 from light_core.processes.channels import Receiver, Sender
-from light_core.processes.messages import Abort, Submit, TextUpdate, TextUpdates
+from light_core.processes.messages import Abort, Hello, MediaStats, Prepare, Prepared, Refused, Release, Submit, TextUpdate, ToHttp
 from light_core.processes.settings import ProcessSettings
 from light_core.sampling_params import SamplingParams
-from light_core.server.client import Delta, EngineState, ModelCard
+from light_core.server.client import Delta, EngineState, MediaLease, ModelCard
 
 __all__ = ["RemoteEngine"]
 
@@ -36,6 +39,8 @@ MESSAGES_PER_TURN = 16
 ORPHAN_INTERVAL_S = 0.5
 MAX_PROMPT_LOGPROBS = 1_000_000
 """Prompt tokens times logprobs a request may ask for; what they take must fit a message."""
+MAX_MEDIA_CHARS = 256 << 20
+"""Data URLs and addresses that may be on their way to the media process at a time."""
 
 
 class _Stream:
@@ -93,6 +98,30 @@ class _Output:
         self.stream: _Stream | None = stream
 
 
+class _Lease:
+    """The items of a request: a `MediaLease`. It closes itself when nobody refers to it any more.
+
+    Args:
+        loop: that `release` is to be called on.
+        release: gives the items back.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, release: Callable[[], object]) -> None:
+        self.items: Sequence[PreparedItem] = ()
+        self._loop = loop
+        self._release: Callable[[], object] | None = release
+
+    def close(self) -> None:
+        """Gives the items back. On the loop's thread."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __del__(self) -> None:
+        if self._release is not None and not self._loop.is_closed():  # whichever thread the collector runs in
+            self._loop.call_soon_threadsafe(self._release)
+
+
 class RemoteEngine:
     """`EngineClient` over shared requests and sockets. Build and use it within one event loop.
 
@@ -110,7 +139,14 @@ class RemoteEngine:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         limit = settings.max_message_bytes
         self._to_engine = Sender(context, folder, "engine", limit, high_water_mark=4 * settings.num_slots)
-        self._inbox: Receiver[TextUpdates] = Receiver(context, folder, "http", TextUpdates, limit)
+        self._inbox: Receiver[Any] = Receiver(context, folder, "http", ToHttp, limit)
+        # Made with the first request that has media; its first message voids the leases of an HTTP process before this.
+        self._connect_media = functools.partial(Sender, context, folder, "media", limit, high_water_mark=4 * settings.num_slots)
+        self._to_media: Sender | None = None
+        self._client = secrets.randbits(62)
+        self._num_prepared = 0
+        self._preparing: dict[int, asyncio.Future[Sequence[PreparedItem]]] = {}
+        self._media_chars = 0
         self._slots = SlotRange(arena, 0, arena.num_slots)
         self._outputs: dict[int, _Output] = {}
         self._num_streaming = 0
@@ -127,7 +163,7 @@ class RemoteEngine:
 
     @property
     def state(self) -> EngineState:
-        """READY only while engine and detokenizer have shown life within the last two seconds."""
+        """READY only while the other processes have shown life within the last two seconds."""
         board = self._arena.board
         if self._dead is not None:
             return EngineState.DEAD
@@ -136,6 +172,10 @@ class RemoteEngine:
         if not board.word(ENGINE_READY) or not board.word(DETOKENIZER_READY):
             return EngineState.LOADING
         silent_s = max(board.silent_s("engine"), board.silent_s("detokenizer"))
+        if board.word(MEDIA_WANTED):
+            if not board.word(MEDIA_READY):
+                return EngineState.LOADING
+            silent_s = max(silent_s, board.silent_s("media"))
         return EngineState.READY if silent_s < self._settings.heartbeat_timeout_s else EngineState.DEAD
 
     @property
@@ -154,12 +194,50 @@ class RemoteEngine:
 
     def stats(self) -> EngineStats:
         """As of the last step."""
-        return self._arena.board.read("stats", EngineStats) or EngineStats()
+        stats = self._arena.board.read("stats", EngineStats) or EngineStats()
+        media = self._arena.board.read("media", MediaStats)
+        if media is not None:
+            stats.media_asked, stats.media_hits, stats.media_decoded = media.items, media.hits, media.decoded
+            stats.media_leased, stats.media_kept_bytes = media.leased_items, media.kept_bytes
+        return stats
 
-    async def generate(self, prompt: Sequence[int], params: SamplingParams, *, salt: str = "") -> AsyncIterator[Delta]:
+    async def prepare_media(self, sources: Sequence[MediaSource], *, salt: str = "") -> MediaLease:
+        """See `EngineClient.prepare_media`."""
+        self._check_state()
+        for source in sources:
+            check_source(source.url, self._settings.media, source.param)
+        num_chars = sum(len(source.url) for source in sources)
+        if self._media_chars + num_chars > MAX_MEDIA_CHARS:
+            raise OverloadedError("too many media are on their way")
+        self._num_prepared = request = self._num_prepared % (2**31 - 1) + 1
+        future = self._preparing[request] = self._loop.create_future()
+        self._media_chars += num_chars
+        if self._to_media is None:
+            self._to_media = self._connect_media()
+            self._to_media.send(Hello(self._client))
+        lease = _Lease(self._loop, functools.partial(self._to_media.send, Release(self._client, request)))
+        try:
+            if not self._to_media.send(Prepare(self._client, request, salt, list(sources))):
+                raise OverloadedError("the media process does not take this request")
+            async with asyncio.timeout(self._settings.watchdog_timeout_s):
+                lease.items = await future
+        except TimeoutError:
+            lease.close()
+            raise OverloadedError(f"the media of the request were not ready in {self._settings.watchdog_timeout_s:g} s") from None
+        except BaseException:
+            lease.close()
+            raise
+        finally:
+            self._media_chars -= num_chars
+            del self._preparing[request]
+        return lease
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, salt: str = "", media: Sequence[PlacedItem] = ()
+    ) -> AsyncIterator[Delta]:
         """See `EngineClient.generate`."""
         stream = _Stream(params.n)
-        slots = self._submit(self._checked(prompt, params), params, salt, stream)
+        slots = self._submit(self._checked(prompt, params), params, salt, stream, media)
         self._num_streaming += 1
         try:
             while True:
@@ -194,6 +272,9 @@ class RemoteEngine:
             logger.error("requests in flight are ended: %d, because %s", len(waiting), reason)
         for stream in waiting.values():
             stream.fail(EngineDeadError("the engine has stopped", reason, "the server is restarting or going down"))
+        for future in self._preparing.values():
+            if not future.done():
+                future.set_exception(EngineDeadError("the engine has stopped", reason, "the server is restarting or going down"))
 
     def close(self) -> None:
         """Aborts what is in flight and lets go of the sockets."""
@@ -202,16 +283,22 @@ class RemoteEngine:
         self._loop.remove_reader(self._inbox.fileno())
         self._inbox.close()
         self._to_engine.close()
+        if self._to_media is not None:
+            self._to_media.close()
 
     # ------------------------------------------------------------------------------------- requests
 
-    def _checked(self, prompt: Sequence[int], params: SamplingParams) -> npt.NDArray[np.int32]:
-        """`prompt` as an array, if the request can be served now."""
+    def _check_state(self) -> None:
+        """Raises `EngineDeadError` unless requests are taken."""
         state = self.state
         if state is EngineState.DRAINING:
             raise EngineDeadError("the server is shutting down", "it takes no new requests", "send it to another server")
         if state is not EngineState.READY:
             raise EngineDeadError("the engine is not ready", self._dead or f"it is {state}", "try again later")
+
+    def _checked(self, prompt: Sequence[int], params: SamplingParams) -> npt.NDArray[np.int32]:
+        """`prompt` as an array, if the request can be served now."""
+        self._check_state()
         card = self.card
         try:
             array = np.asarray(prompt, dtype=np.int64)
@@ -239,7 +326,9 @@ class RemoteEngine:
         params.check_vocabulary(card.vocab_size)
         return array.astype(np.int32)
 
-    def _submit(self, prompt: npt.NDArray[np.int32], params: SamplingParams, salt: str, stream: _Stream) -> dict[int, int]:
+    def _submit(
+        self, prompt: npt.NDArray[np.int32], params: SamplingParams, salt: str, stream: _Stream, media: Sequence[PlacedItem]
+    ) -> dict[int, int]:
         """Sends one request an output; returns slots with their generations."""
         self._check_room(params.n)
         assert self._card is not None
@@ -249,7 +338,7 @@ class RemoteEngine:
         for index in range(params.n):
             slot, generation = self._slots.open_slot(prompt)
             slots[slot] = generation
-            message = Submit(slot, generation, len(prompt), one, _seed_of(seed, index), salt)
+            message = Submit(slot, generation, len(prompt), one, _seed_of(seed, index), salt, list(media))
             if not self._to_engine.send(message):
                 self._slots.release(slot)
                 del slots[slot]
@@ -288,10 +377,25 @@ class RemoteEngine:
         count = 0
         for message in self._inbox.drain(MESSAGES_PER_TURN):
             count += 1
+            if isinstance(message, (Prepared, Refused)):
+                self._settle(message)
+                continue
             for update in message.updates:
                 self._dispatch(update)
         if count == MESSAGES_PER_TURN:
             self._loop.call_soon(self._read)
+
+    def _settle(self, message: Prepared | Refused) -> None:
+        """Hands a request its items; one that is gone has sent its `Release` already."""
+        future = self._preparing.get(message.request)
+        if message.client != self._client or future is None or future.done():
+            return
+        if isinstance(message, Prepared):
+            future.set_result(message.items)
+        elif message.param is None:
+            future.set_exception(OverloadedError(message.error))
+        else:
+            future.set_exception(RequestError(message.error, message.param or None))
 
     def _dispatch(self, update: TextUpdate) -> None:
         slot = update.slot

@@ -20,9 +20,9 @@ from light_core.processes.http import Lifecycle
 if TYPE_CHECKING:
     from light_core.plugins import LoadedPlugins
     from light_core.text.tokenizer import Tokenizer
-    from light_core.types import ChatSpec
+    from light_core.types import ChatSpec, MediaEncoder
 
-__all__ = ["load_model_tokenizer", "resolve_plugins", "serve_openai"]
+__all__ = ["load_media_encoders", "load_model_tokenizer", "resolve_plugins", "serve_openai"]
 
 
 def resolve_plugins(config: EngineConfig) -> tuple[tuple[PluginRef, ...], PluginRef | None]:
@@ -64,7 +64,20 @@ def load_model_tokenizer(config: EngineConfig, refs: Sequence[PluginRef]) -> "To
     """
     from light_core.plugins import load
 
-    return _tokenizer(config, _model_folder(config, load(refs)))
+    loaded = load(refs)
+    return _tokenizer(config, loaded, _model_folder(config, loaded))
+
+
+def load_media_encoders(config: EngineConfig, refs: Sequence[PluginRef]) -> "tuple[MediaEncoder, ...]":
+    """The model's media encoders, to preprocess with.
+
+    Raises:
+        LightError: the model cannot be found or read, or a plugin answers wrongly.
+    """
+    from light_core.plugins import load, media_encoders
+
+    loaded = load(refs)
+    return media_encoders(loaded, **_model(config, loaded, _model_folder(config, loaded)))
 
 
 async def serve_openai(client: RemoteEngine, boot: Boot, listener: socket.socket, lifecycle: Lifecycle) -> None:
@@ -99,31 +112,38 @@ def _model_folder(config: EngineConfig, loaded: "LoadedPlugins") -> Path:
     return resolve_folder(config.model, config.revision, bundled_models(loaded), weights=False)
 
 
-def _tokenizer(config: EngineConfig, folder: Path) -> "Tokenizer":
+def _tokenizer(config: EngineConfig, loaded: "LoadedPlugins", folder: Path) -> "Tokenizer":
+    from light_core.plugins import plugin_tokenizer
     from light_core.text.tokenizer import load_tokenizer
 
-    return load_tokenizer(config.tokenizer or folder, model_folder=folder)
+    source, made = Path(config.tokenizer or folder), None
+    if source.is_dir() and loaded.manager.hook.light_tokenizer.get_hookimpls():
+        made = plugin_tokenizer(loaded, **_model(config, loaded, folder) | {"folder": str(source)})
+    return load_tokenizer(config.tokenizer or folder, model_folder=folder, made=made)
 
 
 def _load_texts(config: EngineConfig, refs: Sequence[PluginRef]) -> "tuple[Tokenizer | None, ChatSpec]":
     """Tokenizer and chat conventions of the model."""
-    from light_core.plugins import load
+    from light_core.plugins import chat_spec, load
     from light_core.types import ChatSpec
 
     loaded = load(refs)
     folder = _model_folder(config, loaded)
     # Where no plugin says anything of conversations the model's configuration, whose import takes long, is not needed.
-    chat = _chat_spec(config, loaded, folder) if loaded.manager.hook.light_chat.get_hookimpls() else ChatSpec()
-    return None if config.skip_tokenizer_init else _tokenizer(config, folder), chat
+    has_chat = bool(loaded.manager.hook.light_chat.get_hookimpls())
+    chat = chat_spec(loaded, **_model(config, loaded, folder)) if has_chat else ChatSpec()
+    return None if config.skip_tokenizer_init else _tokenizer(config, loaded, folder), chat
 
 
-def _chat_spec(config: EngineConfig, loaded: "LoadedPlugins", folder: Path) -> "ChatSpec":
-    from light_core.engine.model_files import read_config, resolve_max_model_len
-    from light_core.plugins import chat_spec, resolve_family
+def _model(config: EngineConfig, loaded: "LoadedPlugins", folder: Path) -> dict[str, Any]:
+    """What hooks are asked about in a process that computes nothing: `family`, `config`, `limits` and `folder`."""
+    from light_core.engine.model_files import read_config, resolve_max_model_len, text_files
+    from light_core.plugins import resolve_family
     from light_core.types import Limits
 
     files = read_config(folder, config.hf_overrides)
-    # Nothing is computed here: conversations depend on the model's length at most.
-    limits = Limits(resolve_max_model_len(files, config.max_model_len), max_num_seqs=1, max_num_batched_tokens=1)
     family = resolve_family(files.architectures, loaded)
-    return chat_spec(loaded, family=family, config=files.config, limits=limits, folder=str(folder))
+    # Conversations and tokenizers depend on the model's length at most.
+    max_model_len = resolve_max_model_len(text_files(files, family), config.max_model_len)
+    limits = Limits(max_model_len, max_num_seqs=1, max_num_batched_tokens=1)
+    return {"family": family, "config": files.config, "limits": limits, "folder": str(folder)}

@@ -13,16 +13,20 @@ from typing import Any, Protocol
 import zmq
 
 from light_core.config import EngineConfig
-from light_core.engine.requests import EngineRequest, EngineStats, TokenUpdate
+from light_core.engine.requests import EngineRequest, EngineStats, MediaItem, TokenUpdate
+from light_core.engine.threads import serving_threads
 from light_core.errors import LightError, RequestError
+from light_core.media.items import PlacedItem
+from light_core.media.memory import MediaReader
 from light_core.plugins.refs import PluginRef
-from light_core.processes.arena import BUSY_SINCE_NS, ENGINE_READY, NUM_STEPS, Arena
+from light_core.processes.arena import BUSY_SINCE_NS, ENGINE_READY, MEDIA_WANTED, NUM_STEPS, Arena
 from light_core.processes.channels import Receiver, Sender
 from light_core.processes.guards import Child, load_target, run_child
 from light_core.processes.messages import Open, Progress, StepUpdate, StopHit, Submit, ToEngine
 from light_core.processes.phases import LoadingLog
 from light_core.sampling_params import SamplingParams
 from light_core.server.client import ModelCard
+from light_core.types import MediaSpan
 
 __all__ = ["EngineFactory", "EngineLike", "EngineLoop", "request_id_of"]
 
@@ -64,7 +68,8 @@ class EngineLike(Protocol):
 
 
 EngineFactory = Callable[[EngineConfig, Sequence[PluginRef], Callable[[str, float], None]], EngineLike]
-"""`(config, refs, progress) -> engine`; `progress(phase, fraction)` is called while it loads."""
+"""`(config, refs, progress) -> engine`; `progress(phase, fraction)` is called while it loads, with the phase "media" as soon
+as it is known that the model has media encoders."""
 
 
 def request_id_of(slot: int, generation: int) -> int:
@@ -138,10 +143,20 @@ class EngineLoop:
         inbox: from http and the detokenizer.
         to_detokenizer: where results go.
         wake_fd: an eventfd that `stop` writes to.
+        media: preprocessed items; None without a media process.
     """
 
-    def __init__(self, engine: EngineLike, arena: Arena, inbox: Receiver[Any], to_detokenizer: Sender, wake_fd: int) -> None:
+    def __init__(
+        self,
+        engine: EngineLike,
+        arena: Arena,
+        inbox: Receiver[Any],
+        to_detokenizer: Sender,
+        wake_fd: int,
+        media: MediaReader | None = None,
+    ) -> None:
         self._engine, self._arena, self._inbox, self._wake_fd = engine, arena, inbox, wake_fd
+        self._media = media
         self._outbox = _Outbox(to_detokenizer)
         self._live: dict[int, _Live] = {}
         self._stopping = False
@@ -206,7 +221,7 @@ class EngineLoop:
                 update.logprobs,
                 update.prompt_logprobs,
                 update.error,
-                None,
+                update.param,
                 update.queue_s,
                 update.prefill_s,
             )
@@ -233,7 +248,8 @@ class EngineLoop:
             if prompt.min() < 0 or prompt.max() >= self._vocab_size:
                 raise RequestError(f"prompt token ids must be from 0 to {self._vocab_size - 1}", "prompt")
             stop_ids = self._engine.stop_token_ids(params)
-            self._engine.add(EngineRequest(request_id, prompt, params, stop_ids, message.seed, message.salt))
+            media = tuple(map(self._read_item, message.media))
+            self._engine.add(EngineRequest(request_id, prompt, params, stop_ids, message.seed, message.salt, media))
         except LightError as error:
             param = error.param or "" if isinstance(error, RequestError) else None
             self._outbox.add(Progress(slot, generation, 0, "error", error=str(error), param=param))
@@ -242,6 +258,14 @@ class EngineLoop:
             self._outbox.add(Progress(slot, generation, 0, "error", error=f"internal error: {type(error).__name__}"))
         else:
             self._live[request_id] = _Live(slot, generation, message.prompt_len)
+
+    def _read_item(self, placed: PlacedItem) -> MediaItem:
+        """An item of a request. A copy: its lease ends when HTTP thinks so."""
+        item = placed.item
+        if self._media is None:
+            raise RequestError("this model takes text", "media")
+        span = MediaSpan(placed.start, item.num_tokens, item.encoder, item.grid)
+        return MediaItem(span, item.key, self._media.read(item.encoder, item.key, item.offset, item.length))
 
     def _end(self, slot: int, generation: int, reason: str) -> None:
         """Aborts a request; the detokenizer is told in any case, so that the slot comes free. To the engine the end by
@@ -257,6 +281,19 @@ class EngineLoop:
         self._published = time.monotonic()
 
 
+def _share_cores(card: ModelCard) -> None:
+    """Leaves a core to the other processes where the model runs on the CPU and is too small to need all of them."""
+    if card.info.get("device") != "cpu":
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    threads = serving_threads(card.info["weight_bytes"], before)
+    if threads < before:
+        torch.set_num_threads(threads)
+        logger.info("threads %d of %d: the model is small, and the other processes need a core", threads, before)
+
+
 def main(child: Child) -> None:
     """Loads the engine and runs it until the supervisor says stop."""
     boot = child.boot
@@ -264,6 +301,9 @@ def main(child: Child) -> None:
     loading = LoadingLog()
 
     def progress(phase: str, fraction: float) -> None:
+        if phase == "media":
+            board.set_word(MEDIA_WANTED, 1)
+            return
         loading(phase, fraction)
         board.write("progress", {"phase": str(phase)[:200], "progress": round(float(fraction), 4)})
 
@@ -271,12 +311,15 @@ def main(child: Child) -> None:
     factory: EngineFactory = load_target(boot.settings.engine)
     engine = factory(boot.config, boot.refs, progress)
     card = engine.card
+    _share_cores(card)
     child.arena.size_rows(card.max_model_len)
     board.write("card", card)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     folder, limit = Path(boot.folder), boot.settings.max_message_bytes
     inbox: Receiver[Any] = Receiver(context, folder, "engine", ToEngine, limit)
-    loop = EngineLoop(engine, child.arena, inbox, Sender(context, folder, "detokenizer", limit), os.eventfd(0, os.EFD_CLOEXEC))
+    to_detokenizer, wake_fd = Sender(context, folder, "detokenizer", limit), os.eventfd(0, os.EFD_CLOEXEC)
+    media = MediaReader(boot.media) if boot.media is not None else None
+    loop = EngineLoop(engine, child.arena, inbox, to_detokenizer, wake_fd, media)
     child.listen(lambda command: loop.stop())
     logger.info("loaded in %s", loading.finish())
     child.loaded()

@@ -44,7 +44,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """All that a child is told; msgpack on its standard input.
 
     Attributes:
-        role: "engine", "detokenizer" or "http".
+        role: "engine", "detokenizer", "http" or "media".
         folder: of the sockets.
         arena: descriptors of the shared requests.
         control: descriptor of the socket to the supervisor.
@@ -54,6 +54,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         settings: of the process tree.
         server: settings of the HTTP server, as plain data.
         listener: descriptor of the listening socket, for http.
+        media: descriptor of the memory of preprocessed items, for engine and media.
         log_level: of Python's logging.
     """
 
@@ -67,6 +68,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     settings: ProcessSettings
     server: Mapping[str, Any]
     listener: int | None = None
+    media: int | None = None
     log_level: int = logging.INFO
 
 

@@ -2,6 +2,7 @@
 
     http ── Submit, Abort ──> engine ── Open, Progress ──> detokenizer ── TextUpdate ──> http
                                  ^────────── StopHit ───────────┘
+    http ── Hello, Prepare, Release ──> media ── Prepared, Refused ──> http
     supervisor ── Drain, Stop, EngineDead ──> children ── Failure ──> supervisor
 
 Token ids are not in messages: they are in the shared request (`arena.py`), and a message says how many are new. A
@@ -15,6 +16,7 @@ import msgspec
 
 from light_core.engine.requests import TokenLogprobs
 from light_core.errors import LightError
+from light_core.media.items import MediaSource, PlacedItem, PreparedItem
 from light_core.sampling_params import SamplingParams
 
 __all__ = [
@@ -22,10 +24,16 @@ __all__ = [
     "Drain",
     "EngineDead",
     "Failure",
+    "Hello",
+    "MediaStats",
     "MessageDecoder",
     "MessageError",
     "Open",
+    "Prepare",
+    "Prepared",
     "Progress",
+    "Refused",
+    "Release",
     "StepUpdate",
     "Stop",
     "StopHit",
@@ -35,6 +43,8 @@ __all__ = [
     "ToChild",
     "ToDetokenizer",
     "ToEngine",
+    "ToHttp",
+    "ToMedia",
     "ToSupervisor",
     "encode",
 ]
@@ -60,6 +70,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
         params: with `max_tokens` set.
         seed: of this output.
         salt: isolates cached prefixes.
+        media: items of the prompt, by their begin; http holds a lease on each until the output has ended.
     """
 
     slot: Count
@@ -68,6 +79,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     params: SamplingParams
     seed: int
     salt: str
+    media: list[PlacedItem] = []
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="abort"):
@@ -173,6 +185,84 @@ class TextUpdates(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     """What one step of the engine gave, as text."""
 
     updates: list[TextUpdate]
+
+
+class Prepared(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="prepared"):
+    """The items of a `Prepare`, in order; each is leased until its `Release`."""
+
+    client: int
+    request: Count
+    items: list[PreparedItem]
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="refused"):
+    """A `Prepare` that came to nothing; nothing is leased.
+
+    Attributes:
+        param: request field at fault, with an error of the client's making; None where the server is full.
+    """
+
+    client: int
+    request: Count
+    error: str
+    param: str | None = None
+
+
+ToHttp = TextUpdates | Prepared | Refused
+
+
+# ------------------------------------------------------------------------------------- to media
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="hello"):
+    """A new HTTP process: leases of others are void."""
+
+    client: int
+
+
+class Prepare(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="prepare"):
+    """Get, decode and preprocess items.
+
+    Attributes:
+        client, request: who asks, and its name for it.
+        salt: isolates what is kept.
+    """
+
+    client: int
+    request: Count
+    salt: str
+    sources: list[MediaSource]
+
+
+class Release(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="release"):
+    """A `Prepare` is not wanted (any more); its items may go."""
+
+    client: int
+    request: Count
+
+
+ToMedia = Hello | Prepare | Release
+
+
+class MediaStats(msgspec.Struct):
+    """Of the media process, on the board: counters since the start, and what is kept now.
+
+    Attributes:
+        items: that requests have asked for.
+        hits: of them, those that were kept from before.
+        decoded, refused: items decoded; requests that came to nothing.
+        decoders_lost: decoder processes that died or were killed over an item.
+        kept_items, kept_bytes, leased_items: in shared memory now.
+    """
+
+    items: int = 0
+    hits: int = 0
+    decoded: int = 0
+    refused: int = 0
+    decoders_lost: int = 0
+    kept_items: int = 0
+    kept_bytes: int = 0
+    leased_items: int = 0
 
 
 # ------------------------------------------------------------------------------------- supervisor and children

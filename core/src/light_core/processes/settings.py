@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from light_core.errors import ConfigError
+from light_core.media.settings import MediaSettings
 
 __all__ = ["ProcessSettings"]
 
@@ -25,6 +26,8 @@ class ProcessSettings:
         max_http_restarts: crashes of the HTTP process within 60 s that are mended by a restart.
         engine: "module:callable" that builds the engine: `(config, refs, progress) -> engine`.
         tokenizer: "module:callable" that loads the tokenizer: `(config, refs) -> tokenizer`.
+        media_encoders: "module:callable" that tells the media process of the model's encoders: `(config, refs) -> encoders`.
+        media: where media may come from, and how much of it.
         server: "module:callable" of the HTTP side: `async (client, boot, listener, lifecycle) -> None`.
     """
 
@@ -40,6 +43,8 @@ class ProcessSettings:
     max_http_restarts: int = 5
     engine: str = "light_core.engine.engine:Engine"
     tokenizer: str = "light_core.processes.defaults:load_model_tokenizer"
+    media_encoders: str = "light_core.processes.defaults:load_media_encoders"
+    media: MediaSettings = MediaSettings()  # noqa: RUF009  # frozen
     server: str = "light_core.processes.defaults:serve_openai"
 
     def __post_init__(self) -> None:

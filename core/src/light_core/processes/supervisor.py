@@ -3,6 +3,7 @@
     state      on                                  does                                            goes to
     running    SIGTERM, SIGINT while loading       Stop to all                                     stopping
     running    SIGTERM, SIGINT                     Drain to http                                   draining
+    running    the engine's model has encoders     starts media                                    running
     running    http ends                           starts it again, up to a limit                  running
     running    anything else ends, or hangs        EngineDead to http, Stop to the others          stopping
     draining   http ends (nothing in flight)       Stop to all                                     stopping
@@ -31,12 +32,15 @@ import msgspec
 from light_core import __version__
 from light_core.config import EngineConfig
 from light_core.engine.requests import EngineStats
+from light_core.media.memory import create_media_file
 from light_core.plugins.refs import PluginRef
 from light_core.processes.arena import (
     BUSY_SINCE_NS,
     DETOKENIZER_READY,
     ENGINE_READY,
     HTTP_READY,
+    MEDIA_READY,
+    MEDIA_WANTED,
     TAKES_CHAT,
     TAKES_IDS,
     TAKES_TEXT,
@@ -112,6 +116,7 @@ class Supervisor:
         self._folder = SocketFolder()
         self._fds = create_arena(settings.num_slots)
         self._arena = Arena(self._fds)
+        self._media = create_media_file()
         self._boot: dict[str, Any] = {
             "folder": str(self._folder.path),
             "arena": self._fds,
@@ -160,6 +165,8 @@ class Supervisor:
             status = child.poll()
             if status is not None:
                 self._on_exit(child, status)
+        if self._state == "running" and self._arena.board.word(MEDIA_WANTED) and "media" not in self._children:
+            self._start("media")
         if self._state != "stopping":
             self._watch()
             self._status.log()
@@ -171,6 +178,8 @@ class Supervisor:
         boot = dict(self._boot)
         if role == "http":
             descriptors, boot["listener"] = (*descriptors, self._listener.fileno()), self._listener.fileno()
+        if role in ("engine", "media"):
+            descriptors, boot["media"] = (*descriptors, self._media), self._media
         child = start_child(role, boot, descriptors)
         self._children[role] = child
         logger.info("started the %s process (%d)", role, child.pid)
@@ -264,6 +273,7 @@ class Supervisor:
         self._tell("http", EngineDead(f"{failure.error}: {failure.cause}" if failure.cause else failure.error))
         self._tell("engine", Stop())
         self._tell("detokenizer", Stop())
+        self._tell("media", Stop())
         self._state, self._deadline = "stopping", time.monotonic() + FAIL_GRACE_S
 
     def _stop(self, grace_s: float) -> None:
@@ -288,7 +298,7 @@ class Supervisor:
         self._selector.close()
         self._folder.remove()
         self._arena.close()
-        for descriptor in (self._fds.control, self._fds.tokens):
+        for descriptor in (self._fds.control, self._fds.tokens, self._media):
             os.close(descriptor)
 
     def _catch_signals(self) -> Callable[[], None]:
@@ -335,6 +345,8 @@ class _StatusLog:
     def _log_ready(self) -> None:
         board, takes = self._board, self._board.word(HTTP_READY)
         if not (takes and board.word(ENGINE_READY) and board.word(DETOKENIZER_READY)):
+            return
+        if board.word(MEDIA_WANTED) and not board.word(MEDIA_READY):
             return
         self._ready, self._last = True, time.monotonic()
         logger.info("ready in %.1f s: %s/v1 (docs at /docs)", time.monotonic() - self._began, self._url)

@@ -53,6 +53,7 @@ async def read_conversation(context: ServerContext, request: ChatCompletionReque
     if request.chat_template is not None:
         raise RequestError("chat_template may not be sent: the server's own is used", "chat_template")
     tools, variables = request.tools, dict(request.chat_template_kwargs or {})
+    salt = request.cache_salt or "" if isinstance(request, ChatCompletionRequest) else ""
     if isinstance(request, ChatCompletionRequest):
         tools = None if request.tool_choice == "none" else tools
         if request.reasoning_effort is not None:
@@ -65,6 +66,7 @@ async def read_conversation(context: ServerContext, request: ChatCompletionReque
         continue_final_message=bool(request.continue_final_message),
         variables=variables,
         add_special_tokens=bool(request.add_special_tokens),
+        media=context.media_intake(salt),
     )
 
 

@@ -9,9 +9,11 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from light_core.engine.requests import EngineStats, TokenLogprobs
+from light_core.media.items import MediaSource, PlacedItem, PreparedItem
+from light_core.media.places import MediaKind
 from light_core.sampling_params import SamplingParams
 
-__all__ = ["Delta", "EngineClient", "EngineState", "ModelCard"]
+__all__ = ["Delta", "EngineClient", "EngineState", "MediaLease", "ModelCard"]
 
 
 class EngineState(StrEnum):
@@ -32,12 +34,14 @@ class ModelCard:
         vocab_size: token ids are 0 … vocab_size - 1.
         plugin: "distribution version (entry point)" of the plugin that serves.
         info: more for logs and the info metric: kernels, dtype, device, KV slots.
+        media: what it takes beside text.
     """
 
     max_model_len: int
     vocab_size: int
     plugin: str
     info: Mapping[str, Any]
+    media: tuple[MediaKind, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,17 @@ class Delta:
     prefill_s: float | None = None
 
 
+class MediaLease(Protocol):
+    """The items of one request, kept for it until it is closed, or until nobody refers to it."""
+
+    @property
+    def items(self) -> Sequence[PreparedItem]:
+        """In the order of their sources."""
+
+    def close(self) -> None:
+        """Gives them back; a second time does nothing."""
+
+
 class EngineClient(Protocol):
     """The engine, seen from the HTTP server's event loop."""
 
@@ -86,10 +101,21 @@ class EngineClient(Protocol):
     def card(self) -> ModelCard:
         """What is served. Only in READY or DRAINING."""
 
-    def generate(self, prompt: Sequence[int], params: SamplingParams, *, salt: str = "") -> AsyncIterator[Delta]:
-        """Generates `params.n` outputs for one prompt; deltas of different outputs interleave, each ends with a
-        finish reason, and the iterator ends after the last. Closing it early (or cancelling the task) aborts the
-        request and frees its KV within two steps.
+    async def prepare_media(self, sources: Sequence[MediaSource], *, salt: str = "") -> MediaLease:
+        """Gets, decodes and preprocesses items, elsewhere.
+
+        Raises:
+            RequestError: one of them cannot be had or used.
+            OverloadedError: there is no room for them now.
+            EngineDeadError: whoever does it is gone.
+        """
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, salt: str = "", media: Sequence[PlacedItem] = ()
+    ) -> AsyncIterator[Delta]:
+        """Generates `params.n` outputs for one prompt with its `media`, whose lease the caller keeps until the end. Deltas
+        of different outputs interleave, each ends with a finish reason, and the iterator ends after the last. Closing it
+        early (or cancelling the task) aborts the request and frees its KV within two steps.
 
         Raises:
             OverloadedError: the waiting queue is full; before the first delta.

@@ -47,7 +47,9 @@ async def complete(context: ServerContext, http: Request) -> Response:
             raise RequestError("echo with logprobs and n over 1 cannot be streamed", "echo")
         params = params.replace(prompt_logprobs=max(request.logprobs, params.prompt_logprobs or 0))
     add_special = request.add_special_tokens is not False
-    prompts = await context.prompts.completion(request.prompt, card.max_model_len, card.vocab_size, add_special)
+    prompts = await context.prompts.completion(
+        request.prompt, card.max_model_len, card.vocab_size, add_special, media=context.media_intake(request.cache_salt or "")
+    )
     generation = Generation(context, prompts, params, card.max_model_len, request.cache_salt or "")
     answer = _Answer(context, request, model, generation)
     return EventReply(context, answer.events()) if request.stream else JSONReply(context, answer.whole)

@@ -1,5 +1,6 @@
 """What every endpoint of one server shares: the engine, the tokenizer, limits, metrics, and the requests that run."""
 
+import functools
 import importlib.metadata
 import time
 import uuid
@@ -10,7 +11,7 @@ from light_core.server.body import BodyDecoder
 from light_core.server.client import EngineClient, EngineState, ModelCard
 from light_core.server.errors import HTTPProblem
 from light_core.server.metrics import ServerMetrics
-from light_core.server.prompts import PromptReader
+from light_core.server.prompts import MediaIntake, PromptReader
 from light_core.server.settings import ServerSettings
 from light_core.text.tokenizer import Tokenizer
 from light_core.types import ChatSpec
@@ -95,6 +96,12 @@ class ServerContext:
             EngineState.DEAD: "the engine has stopped",
         }
         raise HTTPProblem(503, messages[state], code=f"engine_{state.value}", headers={"Retry-After": str(self.settings.retry_after_s)})
+
+    def media_intake(self, salt: str = "") -> MediaIntake:
+        """What the model takes beside text, for one request. Only when it is ready."""
+        prepare = functools.partial(self.client.prepare_media, salt=salt)
+        card = self.client.card
+        return MediaIntake(card.media, card.vocab_size, prepare, self.settings.max_media_items)
 
     def served_name(self, model: str | None) -> str:
         """`model` if it is served; the first served name if it is None.

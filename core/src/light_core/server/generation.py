@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -94,7 +94,7 @@ class Generation:
         """
         metrics = self._context.metrics
         timings = [_Timing() for _ in range(self.num_choices)]
-        async with aclosing(self._source()) as source:
+        async with _closing_leases(self.prompts), aclosing(self._source()) as source:
             async for position, delta in source:
                 choice = position * self.n + delta.index
                 now, timing = time.monotonic(), timings[choice]
@@ -131,10 +131,21 @@ class Generation:
 
     def _source(self) -> AsyncGenerator[tuple[int, Delta], None]:
         streams = [
-            self._context.client.generate(prompt.token_ids, params, salt=self._salt)
+            self._context.client.generate(prompt.token_ids, params, salt=self._salt, media=prompt.media)
             for prompt, params in zip(self.prompts, self.params, strict=True)
         ]
         return _single(streams[0]) if len(streams) == 1 else _merged(streams)
+
+
+@asynccontextmanager
+async def _closing_leases(prompts: Sequence[TextPrompt]) -> AsyncGenerator[None, None]:
+    """Gives the media of `prompts` back at the end; where it never comes so far, a lease that nobody holds closes itself."""
+    try:
+        yield
+    finally:
+        for prompt in prompts:
+            if prompt.lease is not None:
+                prompt.lease.close()
 
 
 def _check_end(delta: Delta) -> None:

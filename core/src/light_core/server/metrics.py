@@ -177,6 +177,13 @@ class ServerMetrics(Collector):
         yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield self._counter("light:engine_steps", "Forward passes.", stats.steps)
+        yield self._counter("light:media_items", "Images that requests brought to the engine.", stats.media_items)
+        yield self._counter("light:media_encoded", "Images that had to be encoded.", stats.media_encoded)
+        yield self._counter("light:media_asked", "Images that requests named.", stats.media_asked)
+        yield self._counter("light:media_hits", "Images that were still there, preprocessed.", stats.media_hits)
+        yield self._counter("light:media_decoded", "Images that were decoded.", stats.media_decoded)
+        yield self._gauge("light:media_leased", "Preprocessed images that requests hold.", stats.media_leased)
+        yield self._gauge("light:media_kept_bytes", "Preprocessed images in shared memory, in bytes.", stats.media_kept_bytes)
         sizes = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens that a step computes.", labels=["model_name"])
         sizes.add_metric([self._model], _cumulative(STEP_SIZE_BOUNDS, stats.step_sizes), sum_value=stats.batched_tokens)
         yield sizes

@@ -3,7 +3,7 @@
 Differences: errors have the shape and status of the OpenAI routes, and logprobs are there only with `return_details`.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from light_core.errors import RequestError
+from light_core.media.items import MediaSource
 from light_core.sampling_params import SamplingParams
 from light_core.server.client import Delta
 from light_core.server.context import ServerContext
@@ -52,7 +53,8 @@ class GenerateParameters(msgspec.Struct, kw_only=True):
 
 
 class GenerateRequest(msgspec.Struct, kw_only=True):
-    """`inputs` is a text or token ids."""
+    """`inputs` is a text or token ids. `multimodal_params` is `{"images": [{"type": "url" | "base64", "data": …}]}`; `inputs`
+    has the model's placeholder for each of them, in order."""
 
     inputs: str | list[int]
     parameters: dict[str, Any] | None = None
@@ -91,12 +93,33 @@ async def _read(context: ServerContext, http: Request) -> "_Answer":
     request = await context.bodies.read(http, GenerateRequest)
     card = context.require_ready()
     fields = context.bodies.convert(request.parameters or {}, GenerateParameters)
-    if any((request.multimodal_params or {}).values()):
+    sources = _sources(request.multimodal_params or {})
+    media = context.media_intake()
+    if sources and not any(one.kind == "image" for one in media.kinds):
         raise RequestError("multimodal_params: this model takes text", "multimodal_params")
     params = _params(context, fields)
     params.check_vocabulary(card.vocab_size)
-    prompts = await context.prompts.completion(request.inputs, card.max_model_len, card.vocab_size, fields.add_special_tokens is not False)
+    prompts = await context.prompts.completion(
+        request.inputs, card.max_model_len, card.vocab_size, fields.add_special_tokens is not False, media=media, sources=sources
+    )
     return _Answer(context, Generation(context, prompts, params, card.max_model_len), bool(fields.return_details))
+
+
+def _sources(fields: Mapping[str, Any]) -> list[MediaSource]:
+    """The items that `multimodal_params` names."""
+    if strange := [name for name, value in fields.items() if value and name != "images"]:
+        raise RequestError(f"multimodal_params: {strange[0]!r:.60} are not supported, images are", "multimodal_params")
+    images = fields.get("images") or []
+    if not isinstance(images, list):
+        raise RequestError("multimodal_params.images must be a list", "multimodal_params")
+    sources = []
+    for index, image in enumerate(images):
+        name = f"multimodal_params.images[{index}]"
+        kind, data = (image.get("type"), image.get("data")) if isinstance(image, dict) else (None, None)
+        if kind not in ("url", "base64") or not isinstance(data, str) or not data:
+            raise RequestError(f'{name} must be {{"type": "url" or "base64", "data": "…"}}', name)
+        sources.append(MediaSource("image", data if kind == "url" else f"data:;base64,{data}", name))
+    return sources
 
 
 def _params(context: ServerContext, fields: GenerateParameters) -> SamplingParams:

@@ -94,7 +94,8 @@ class CompletionRequest(GenerationFields, kw_only=True):
 
 
 class ChatCompletionRequest(GenerationFields, kw_only=True):
-    """`POST /v1/chat/completions`. Each message has a `role` and a `content`: a text, null, or a list of text parts."""
+    """`POST /v1/chat/completions`. Each message has a `role` and a `content`: a text, null, or a list of parts of
+    text and, where the model takes them, of images (`image_url`)."""
 
     messages: list[dict[str, Any]]
     logprobs: bool | None = None
@@ -226,7 +227,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class ModelEntry(msgspec.Struct, kw_only=True):
-    """One served name. `plugin` says what serves it: distribution, version and entry point."""
+    """One served name. `plugin` says what serves it: distribution, version and entry point. Token ids of prompts are
+    below `vocab_size`."""
 
     id: str
     object: str = "model"
@@ -235,6 +237,7 @@ class ModelEntry(msgspec.Struct, kw_only=True):
     root: str
     parent: str | None = None
     max_model_len: int
+    vocab_size: int
     plugin: str
 
 

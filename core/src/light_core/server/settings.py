@@ -18,6 +18,7 @@ _POSITIVE = [
     "max_prompts",
     "max_outputs",
     "max_messages",
+    "max_media_items",
     "max_logprobs",
     "tokenizer_threads",
     "max_pending_tokenizations",
@@ -45,6 +46,7 @@ class ServerSettings:
         max_connections: open at the same time.
         max_prompts, max_outputs: of one request: prompts, and prompts times `n`.
         max_messages: of one conversation.
+        max_media_items: images of one request, where the model takes any.
         max_logprobs: likeliest tokens returned at a position.
         tokenizer_threads: threads that tokenise and render chat templates.
         max_pending_tokenizations: requests that may wait for such a thread; further ones are answered 429.
@@ -71,6 +73,7 @@ class ServerSettings:
     max_prompts: int = 1024
     max_outputs: int = 1024
     max_messages: int = 4096
+    max_media_items: int = 32
     max_logprobs: int = 20
     tokenizer_threads: int = 4
     max_pending_tokenizations: int = 1024

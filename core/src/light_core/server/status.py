@@ -42,6 +42,7 @@ def models(context: ServerContext) -> Response:
             created=context.created,
             root=str(card.info.get("model", names[0])),
             max_model_len=card.max_model_len,
+            vocab_size=card.vocab_size,
             plugin=card.plugin,
         )
         for name in names

@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import Any
 
 from light_core.engine.requests import EngineStats, TokenLogprobs
-from light_core.errors import EngineDeadError, OverloadedError
+from light_core.errors import EngineDeadError, OverloadedError, RequestError
+from light_core.media.items import MediaSource, PlacedItem
 from light_core.sampling_params import SamplingParams
-from light_core.server.client import Delta, EngineState, ModelCard
+from light_core.server.client import Delta, EngineState, MediaLease, ModelCard
 from light_core.text.decoder import Detokenizer, IncrementalDecoder
 from light_core.text.tokenizer import Tokenizer
 
@@ -96,8 +97,14 @@ class StubEngine:
         self._stats.num_requests_running = len(self._running)
         return self._stats
 
-    async def generate(self, prompt: Sequence[int], params: SamplingParams, *, salt: str = "") -> AsyncGenerator[Delta, None]:
-        """As `EngineClient.generate`."""
+    async def prepare_media(self, sources: Sequence[MediaSource], *, salt: str = "") -> MediaLease:
+        """Refuses: what it plays takes text."""
+        raise RequestError("this model takes text", sources[0].param if sources else None)
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, salt: str = "", media: Sequence[PlacedItem] = ()
+    ) -> AsyncGenerator[Delta, None]:
+        """As `EngineClient.generate`; there is no media."""
         self.requests.append((list(prompt), params, salt))
         if self.state is EngineState.DEAD:
             raise EngineDeadError("the stub engine is dead")

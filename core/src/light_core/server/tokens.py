@@ -24,7 +24,10 @@ async def tokenize(context: ServerContext, http: Request) -> Response:
         text, special = request.prompt, request.add_special_tokens is not False
         token_ids = await context.prompts.run(lambda: tokenizer.encode(text, special))
     else:
-        token_ids = (await read_conversation(context, request, card.max_model_len)).token_ids
+        prompt = await read_conversation(context, request, card.max_model_len)
+        if prompt.lease is not None:
+            prompt.lease.close()
+        token_ids = prompt.token_ids
     answer = TokenizeResponse(count=len(token_ids), max_model_len=card.max_model_len, tokens=token_ids)
     if request.return_token_strs:
         answer.token_strs = [tokenizer.token_text(token) for token in token_ids]

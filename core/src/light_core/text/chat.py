@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -26,7 +26,7 @@ from light_core.errors import ModelError, RequestError
 if TYPE_CHECKING:
     from light_core.text.tokenizer import Tokenizer
 
-__all__ = ["RESERVED_VARIABLES", "ChatTemplate", "choose_template", "map_strings", "plain_messages", "render_chat"]
+__all__ = ["RESERVED_VARIABLES", "ChatTemplate", "MediaContent", "choose_template", "map_strings", "plain_messages", "render_chat"]
 
 RESERVED_VARIABLES = frozenset(
     [
@@ -58,7 +58,9 @@ RESERVED_VARIABLES = frozenset(
 """Names that `chat_template_kwargs` may not set: they are the server's, or the template language's."""
 
 _TEXT_PARTS = ("text", "input_text", "refusal")
+_MEDIA_PARTS = {"image_url": "image", "input_image": "image", "image": "image", "image_pil": "image"}
 _MAX_ROLE_CHARS = 64
+_PROBE = "7f3a9c"
 
 CONTINUE_MARK = "\ufdd1"
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{5,})")
@@ -121,6 +123,15 @@ class ChatTemplate:
         text = self._run(values)
         return _cut_at_mark(text) if continue_final_message else text
 
+    def takes_parts(self) -> bool:
+        """Whether it reads contents that are lists of parts, as templates of models with media do. Renders a message."""
+        parts = [{"type": "text", "text": _PROBE}]
+        try:
+            text = self.render([{"role": "user", "content": parts}])
+        except RequestError:
+            return False
+        return _PROBE in text and "'text'" not in text and '"text"' not in text
+
     def _run(self, values: Mapping[str, Any]) -> str:
         pieces: list[str] = []
         length = 0
@@ -153,6 +164,7 @@ def render_chat(
     template: str | None = None,
     default_template: str | None = None,
     change: Callable[[str], str] | None = None,
+    media: "Callable[[bool], MediaContent] | None" = None,
     **options: Any,
 ) -> str:
     """The prompt text of one conversation, with `template`, the tokenizer's or `default_template`.
@@ -163,6 +175,7 @@ def render_chat(
         template: Jinja source that replaces the tokenizer's.
         default_template: Jinja source for a tokenizer that has none.
         change: as `plain_messages` has it; applied to the tools' texts as well.
+        media: makes what takes the parts that are not text, told whether the template takes lists of parts.
         **options: as `ChatTemplate.render` has them.
 
     Raises:
@@ -174,20 +187,68 @@ def render_chat(
         raise RequestError("this model has no chat template", "messages")
     if options.get("tools") and change is not None:
         options["tools"] = map_strings(options["tools"], change)
-    return ChatTemplate(source, tokenizer.special_tokens_map).render(plain_messages(messages, change), **options)
+    compiled = ChatTemplate(source, tokenizer.special_tokens_map)
+    content = None if media is None else media(compiled.takes_parts())
+    return compiled.render(plain_messages(messages, change, content), **options)
 
 
-def plain_messages(messages: Sequence[Mapping[str, Any]], change: Callable[[str], str] | None = None) -> list[dict[str, Any]]:
-    """Messages as templates expect them: `content` a string, tool arguments an object, no null.
+def plain_messages(
+    messages: Sequence[Mapping[str, Any]], change: Callable[[str], str] | None = None, media: "MediaContent | None" = None
+) -> list[dict[str, Any]]:
+    """Messages as templates expect them: `content` a string (or a list of parts), tool arguments an object, no null.
 
     Args:
         messages: as clients send them.
         change: applied to the texts of every message but the assistant's, whose text is the model's own.
+        media: takes the parts that are not text; None refuses them.
 
     Raises:
-        RequestError: a message has no role, or content that is not text.
+        RequestError: a message has no role, or content that is not what the model takes.
     """
-    return [_plain_message(index, message, change) for index, message in enumerate(messages)]
+    return [_plain_message(index, message, change, media) for index, message in enumerate(messages)]
+
+
+class MediaContent:
+    """Takes the items of a conversation, in order, and says what stands for each in its message's content.
+
+    Args:
+        marker: kind of item to its text in a prompt; raises `RequestError` for a kind that the model does not take.
+        literal: what makes placeholders in clients' text plain text.
+        as_parts: the template takes lists of parts, and writes an item's placeholder itself.
+
+    Attributes:
+        items: (kind, part, name of its field) of each so far.
+    """
+
+    def __init__(self, marker: Callable[[str], str], literal: Callable[[str], str], as_parts: bool) -> None:
+        self._marker, self._literal, self._as_parts = marker, literal, as_parts
+        self.items: list[tuple[str, Mapping[str, Any], str]] = []
+
+    def content(self, index: int, parts: Any, change: Callable[[str], str]) -> Any:
+        """The content of message `index`: `parts` is a string, null or a list of parts; `change` is for its texts."""
+        # Texts side by side are one text before they are changed: no part of a special token hides in each of two.
+        pieces: list[str | _Item] = []
+        for piece in _parts(index, parts, self):
+            if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+                pieces[-1] += "\n" + piece
+            else:
+                pieces.append(piece)
+        shown = [piece if isinstance(piece, _Item) else self._literal(change(piece)) for piece in pieces]
+        if self._as_parts:
+            return [{"type": piece.kind} if isinstance(piece, _Item) else {"type": "text", "text": piece} for piece in shown]
+        return "".join(self._marker(piece.kind) if isinstance(piece, _Item) else piece for piece in shown)
+
+    def take(self, kind: str, part: Mapping[str, Any], name: str) -> "_Item":
+        """Notes an item."""
+        self._marker(kind)
+        self.items.append((kind, part, name))
+        return _Item(kind)
+
+
+class _Item(NamedTuple):
+    """An item among the texts of a message."""
+
+    kind: str
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -201,37 +262,51 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _plain_message(index: int, message: Mapping[str, Any], change: Callable[[str], str] | None) -> dict[str, Any]:
+def _plain_message(
+    index: int, message: Mapping[str, Any], change: Callable[[str], str] | None, media: MediaContent | None
+) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or not 0 < len(role) <= _MAX_ROLE_CHARS:
         raise RequestError(f"messages[{index}].role must be a string of 1 to {_MAX_ROLE_CHARS} characters", "messages")
-    plain: dict[str, Any] = {name: value for name, value in message.items() if value is not None}
+    plain: dict[str, Any] = {name: value for name, value in message.items() if value is not None and name != "content"}
     plain["role"] = "system" if role == "developer" else role
-    plain["content"] = _content(index, message.get("content"))
     if "tool_calls" in plain:
         plain["tool_calls"] = _tool_calls(index, plain["tool_calls"])
-    if change is not None and role != "assistant":
-        plain = map_strings(plain, change)
+    changing = change if change is not None and role != "assistant" else _same
+    plain = map_strings(plain, changing)
+    content = message.get("content")
+    if media is not None:
+        plain["content"] = media.content(index, content, changing)
+    else:
+        plain["content"] = changing("\n".join(str(piece) for piece in _parts(index, content, None)))
     return plain
 
 
-def _content(index: int, content: Any) -> str:
+def _same(text: str) -> str:
+    return text
+
+
+def _parts(index: int, content: Any, media: MediaContent | None) -> "list[str | _Item]":
+    """The texts of a content, and its items where `media` takes them, in order."""
     if content is None:
-        return ""
+        return [""]
     if isinstance(content, str):
-        return content
+        return [content]
     if not isinstance(content, list):
         raise RequestError(f"messages[{index}].content must be a string, null or a list of parts", "messages")
-    texts: list[str] = []
-    for part in content:
+    pieces: list[str | _Item] = []
+    for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
+        if media is not None and isinstance(kind, str) and kind in _MEDIA_PARTS:
+            pieces.append(media.take(_MEDIA_PARTS[kind], part, f"messages[{index}].content[{number}].{kind}"))
+            continue
         if kind not in _TEXT_PARTS:
             raise RequestError(f"messages[{index}].content: this model takes parts of type text, got {kind!r:.60}", "messages")
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise RequestError(f"messages[{index}].content: a part of type {kind} needs a string", "messages")
-        texts.append(text)
-    return "\n".join(texts)
+        pieces.append(text)
+    return pieces
 
 
 def _tool_calls(index: int, calls: Any) -> list[dict[str, Any]]:
@@ -262,10 +337,15 @@ def _plain(error: TemplateError) -> str:
 
 def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     last = messages[-1] if messages else {}
-    if not isinstance(last.get("content"), str) or not last["content"]:
+    content = last.get("content")
+    parts = content if isinstance(content, list) and content else [{"type": "text", "text": content}]
+    text = parts[-1].get("text")
+    if not isinstance(text, str) or not text:
         raise RequestError("continue_final_message needs a last message with text", "continue_final_message")
     # The space tells whether the template trims contents.
-    return [*messages[:-1], {**last, "content": last["content"].replace(CONTINUE_MARK, "") + CONTINUE_MARK + " "}]
+    marked = text.replace(CONTINUE_MARK, "") + CONTINUE_MARK + " "
+    shown = [*parts[:-1], {"type": "text", "text": marked}] if isinstance(content, list) else marked
+    return [*messages[:-1], {**last, "content": shown}]
 
 
 def _cut_at_mark(text: str) -> str:

@@ -111,6 +111,10 @@ class Tokenizer:
         """Token ids of `text`, without added special tokens; marked special tokens are ordinary text."""
         return [token for part in text.split(LITERAL_MARK) if part for token in self.encode(part, add_special_tokens=False)]
 
+    def added_id(self, text: str) -> int | None:
+        """The id of `text` if it is an added token, which is found whatever stands around it; else None."""
+        return next((token_id for token_id, token in self._added.items() if token == text), None)
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; incomplete code points become U+FFFD. Spaces are not cleaned up."""
         if self._backend is not None:
@@ -149,7 +153,11 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    folder: str | os.PathLike[str], *, revision: str | None = None, model_folder: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    model_folder: str | os.PathLike[str] | None = None,
+    made: Any | None = None,
 ) -> Tokenizer:
     """Loads the tokenizer of a model. Code that a repository brings along is never run.
 
@@ -157,16 +165,22 @@ def load_tokenizer(
         folder: a local folder, or a hub id.
         revision: branch, tag or commit of a hub id.
         model_folder: where generation_config.json lies, if not in `folder`.
+        made: the tokenizer that the model's plugin made of the files in `folder`; None lets transformers read them.
 
     Raises:
         ModelError: there is no tokenizer that transformers can load by itself, or its files are not valid.
     """
+    hf = made if made is not None else _read_tokenizer(os.fspath(folder), revision)
+    source = Path(model_folder if model_folder is not None else folder)
+    return Tokenizer(hf, _generation_defaults(_read_json(source / "generation_config.json")))
+
+
+def _read_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    name, local = os.fspath(folder), os.path.isdir(folder)
     try:
         with _without_type_warning():
-            hf = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=local)
+            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=os.path.isdir(name))
     except Exception as error:
         if "trust_remote_code" in str(error):
             remedy = "use a tokenizer that transformers has itself: Light runs no code of a model repository (trust_remote_code)"
@@ -174,8 +188,6 @@ def load_tokenizer(
             remedy = "give --tokenizer a folder with tokenizer.json and tokenizer_config.json, or --skip-tokenizer-init"
         cause = " ".join(str(error).split())[:500]
         raise ModelError(f"the tokenizer of {name!r} cannot be loaded", f"{type(error).__name__}: {cause}", remedy) from error
-    source = Path(model_folder if model_folder is not None else folder)
-    return Tokenizer(hf, _generation_defaults(_read_json(source / "generation_config.json")))
 
 
 class _TokenizerFile(msgspec.Struct):

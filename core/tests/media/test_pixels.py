@@ -1,0 +1,121 @@
+"""Pictures of every kind come out as the RGB that they show, and files that are no such thing are refused in fixed words."""
+
+import hashlib
+import io
+import re
+import time
+import zlib
+
+import numpy as np
+import pytest
+from pictures import apng, chunk, encoded, flat_png, gif, noise, png, tiff
+from PIL import Image
+
+from light_core.errors import RequestError
+from light_core.media.pixels import ImageLimits, content_key, decode_image, image_pixels
+
+LIMITS = ImageLimits(max_pixels=1 << 22, max_ratio=100.0, max_frames=1)
+
+
+def shown(data: bytes) -> np.ndarray:
+    """What `decode_image` makes of a file, [H, W, 3]."""
+    pixels = decode_image(data, LIMITS)
+    return np.asarray(Image.open(io.BytesIO(pixels.ppm)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP"])
+def test_lossless_files_keep_their_pixels(kind: str) -> None:
+    image = noise(37, 21).quantize(32).convert("RGB") if kind == "GIF" else noise(37, 21)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert (shown(encoded(image, kind, **options)) == np.asarray(image)).all()
+
+
+def test_a_photograph() -> None:
+    image = Image.linear_gradient("L").convert("RGB")
+    assert np.abs(shown(encoded(image, "JPEG", quality=95)).astype(int) - np.asarray(image)).max() < 8
+
+
+def test_modes_become_rgb() -> None:
+    base = noise(16, 9)
+    grey = base.convert("L")
+    for image in (grey, base.convert("1"), base.convert("RGBA"), grey.convert("LA"), base.quantize(8)):
+        assert (shown(encoded(image)) == np.asarray(image.convert("RGB"))).all(), image.mode
+    cmyk = base.convert("CMYK")
+    assert np.abs(shown(encoded(cmyk, "JPEG", quality=100)).astype(int) - np.asarray(cmyk.convert("RGB"))).mean() < 40
+    # 16 bits by the high byte: a full range is not clipped to white.
+    deep = np.arange(0, 65536, 512, dtype=np.uint16).reshape(8, 16)
+    assert (shown(encoded(Image.fromarray(deep)))[..., 0] == deep >> 8).all()
+    palette = base.quantize(8)
+    assert (shown(encoded(palette, transparency=3)) == np.asarray(palette.convert("RGB"))).all()
+
+
+def test_exif_turns_the_picture() -> None:
+    image = noise(24, 8)
+    for orientation, turned in ((3, image.transpose(Image.Transpose.ROTATE_180)), (6, image.transpose(Image.Transpose.ROTATE_270))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert (shown(encoded(image, exif=exif)) == np.asarray(turned)).all()
+    assert shown(encoded(image, "PNG", exif=b"Exif\0\0" + b"MM\0*\xff\xff\xff\xff")).shape == (8, 24, 3), "damaged EXIF says nothing"
+
+
+def test_the_digest_is_of_what_is_seen() -> None:
+    image = noise(30, 20)
+    assert decode_image(encoded(image), LIMITS) == decode_image(encoded(image, "BMP"), LIMITS) == image_pixels(image)
+    lying = Image.frombytes("RGB", (20, 30), image.tobytes())
+    assert image_pixels(lying).digest != image_pixels(image).digest, "equal bytes, other shape"
+    other = image.copy()
+    other.putpixel((29, 19), (1, 2, 3))
+    assert image_pixels(other).digest != image_pixels(image).digest
+    expected = hashlib.sha256(b"image RGB 30 20\0" + image.tobytes()).digest()
+    assert image_pixels(image).digest == expected
+    assert len({content_key(expected), content_key(expected, "a"), content_key(expected, "b")}) == 3
+    assert content_key(expected) == expected
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "a bomb of 900 megapixels": (flat_png(30_000, 30_000, 1), "pixels"),
+    "a bomb of 169 megapixels": (flat_png(13_000, 13_000, 1), "pixels"),
+    "one pixel too wide": (flat_png(2049, 2048, 1), "pixels"),
+    "a line": (flat_png(1, 4000), "one side may be 100 times"),
+    "no width": (png(0, 5, 8, 0, zlib.compress(b"")), "no image"),
+    "10,000 frames": (gif(10_000), "animated"),
+    "two frames": (gif(2), "animated"),
+    "an APNG": (apng(10_000), "animated"),
+    "an animated WebP": (encoded(noise(8, 8), "WEBP", save_all=True, append_images=[noise(8, 8, 1)]), "animated"),
+    "many directories": (tiff(1_000_000), "no image"),
+    "half a PNG": (encoded(noise(64, 64))[:6000], "damaged"),
+    "half a JPEG": (encoded(noise(64, 64), "JPEG")[:2000], "damaged"),
+    "half a WebP": (encoded(noise(64, 64), "WEBP")[:1000], "damaged|no image"),
+    "a wrong checksum": (encoded(noise(8, 8)).replace(b"IDAT", b"IDAT\0", 1), "damaged"),
+    "a PNG without pixels": (png(8, 8, 8, 0, b"\0"), "damaged"),
+    "a text that unpacks to a gigabyte": (
+        png(4, 4, 8, 0, zlib.compress(b"\0" * 20), chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * (1 << 28), 9))),
+        "no image|damaged",
+    ),
+    "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "no image"),
+    "nothing": (b"", "no image"),
+    "text": (b"hello", "no image"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_quickly_in_fixed_words(name: str) -> None:
+    data, words = BAD[name]
+    began = time.monotonic()
+    with pytest.raises(RequestError) as caught:
+        decode_image(data, LIMITS)
+    assert time.monotonic() - began < 2
+    text = str(caught.value)
+    assert re.search(words, text) and not re.search(r"0x|/|Error|object at", text.replace("xn--", "")), text
+    assert caught.value.__cause__ is None, "what the library said stays out of the log line too"
+
+
+def test_limits_are_inclusive_and_frames_can_be_allowed() -> None:
+    assert decode_image(flat_png(2048, 2048, 1), LIMITS).width == 2048
+    assert decode_image(flat_png(1, 100), LIMITS).height == 100
+    assert decode_image(flat_png(1, 1), LIMITS).height == 1
+    allowed = ImageLimits(LIMITS.max_pixels, LIMITS.max_ratio, max_frames=3)
+    assert decode_image(gif(3), allowed).width == 1
+    with pytest.raises(RequestError, match="3 frames are allowed"):
+        decode_image(gif(4), allowed)
