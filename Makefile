@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= demo
-PACKAGES := core sdk plugins/llama plugins/bloom
+PACKAGES := core sdk plugins/llama plugins/bloom plugins/mixtral plugins/qwen_moe plugins/deepseek plugins/qwen plugins/llava plugins/qwen_vl
 MANIFESTS := pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: serve test test-gpu lint isolated wheels docs clean
+.PHONY: serve test test-gpu lint isolated wheels docs model-results clean
 
 serve: $(VENV)/serve.stamp  ## serve the demo model on 127.0.0.1:8000 (MODEL=… for another)
 	$(BIN)/light serve $(MODEL) $(ARGS)
@@ -34,6 +34,11 @@ wheels: $(VENV)/serve.stamp  ## builds a wheel of each package into dist/
 
 docs: $(VENV)/dev.stamp  ## writes the generated pages
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/models.py
+
+model-results: $(VENV)/dev.stamp  ## runs the checks of every family on the CPU and writes down what they found in docs/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p light_sdk.testing.results --model-results docs/models/cpu.json plugins
+	$(BIN)/python docs/models.py
 
 clean:
 	rm -rf $(VENV) dist

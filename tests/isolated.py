@@ -1,23 +1,29 @@
 """Installs each plugin alone in a clean environment and serves with it.
 
-Run by `make isolated`. One environment holds torch and the third-party packages and is kept between runs; for each
-plugin the wheels of core, sdk and that plugin alone are installed in it, a model is served, a completion is asked for,
-and the wheels are removed.
+Run by `make isolated`; `python tests/isolated.py llama bloom` takes these plugins alone. One environment holds torch and
+the third-party packages and is kept between runs; for each plugin the wheels of core, sdk and that plugin alone (with the
+plugins that it requires) are installed in it, a model is served, a completion is asked for, and the wheels are removed.
+
+Every folder of plugins/ is tested. The model is one that the plugin ships, one that a function here writes, or that of the
+plugin's tests/tiny/config.json, with random weights.
 """
 
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-isolated"
 PYTHON = ENVIRONMENT / "bin" / "python"
-PLUGINS = ("llama", "bloom")
+PLUGINS = tuple(sorted(manifest.parent.name for manifest in (ROOT / "plugins").glob("*/pyproject.toml")))
 START_S = 120
 
 
@@ -29,8 +35,8 @@ def pip(*arguments: object) -> None:
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt", *arguments)
 
 
-def build_wheels(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    for package in ("core", "sdk", *(f"plugins/{name}" for name in PLUGINS)):
+def build_wheels(plugins: set[str], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    for package in ("core", "sdk", *(f"plugins/{name}" for name in sorted(plugins))):
         run(
             sys.executable,
             "-m",
@@ -56,20 +62,70 @@ def create_environment(wheels: dict[str, pathlib.Path]) -> None:
 def tiny_bloom(folder: pathlib.Path) -> str:
     """A random BLOOM with a word-level tokenizer, written by the packages of this environment."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+    from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
     BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4, seq_length=256)).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def tiny_qwen(folder: pathlib.Path) -> str:
+    """As `tiny_bloom`, a random Qwen3."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16)).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def tiny_llava(folder: pathlib.Path) -> str:
+    """As `tiny_bloom`, a random LLaVA over a Llama."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(**sizes, vocab_size=128, max_position_embeddings=256)
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=127)).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def configured(plugin: str, folder: pathlib.Path) -> str:
+    """As `tiny_bloom`, without weights: the configuration that `plugin` has for its tests.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    folder.mkdir()
+    shutil.copy(ROOT / "plugins" / plugin / "tests" / "tiny" / "config.json", folder)
+    return write_tokenizer(folder)
+
+
+def required_plugins(plugin: str) -> tuple[str, ...]:
+    """Plugins that `plugin` requires as distributions, because they serve its text models."""
+    project = tomllib.loads((ROOT / "plugins" / plugin / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[A-Za-z0-9._-]+", requirement)[0].replace("_", "-") for requirement in project["dependencies"]}
+    return tuple(other for other in PLUGINS if f"light-plugin-{other.replace('_', '-')}" in names)
+
+
+def write_tokenizer(folder: pathlib.Path) -> str:
+    """A tokenizer of 128 words; returns the folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
     return str(folder)
 
 
-def serve_and_ask(model: str, plugin: str) -> None:
+def serve_and_ask(model: str, plugin: str, *options: str) -> None:
     """Starts `light serve`, asks for a completion over HTTP and stops it; raises if any of it fails."""
     command = [str(ENVIRONMENT / "bin" / "light"), "serve", model, "--model-plugin", plugin, "--port", "0", "--drain-delay", "0"]
+    command += options
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tempfile.gettempdir(), env=environment)
@@ -105,16 +161,23 @@ def wait_for_url(server: subprocess.Popen[bytes], log: "object") -> str:
 
 
 def main() -> None:
+    chosen = sys.argv[1:] or PLUGINS
+    if unknown := sorted({*chosen} - {*PLUGINS}):
+        sys.exit(f"error: there is no plugins/{unknown[0]}; there are: {', '.join(PLUGINS)}")
     with tempfile.TemporaryDirectory() as scratch:
-        wheels = build_wheels(pathlib.Path(scratch))
+        wheels = build_wheels({one for name in chosen for one in (name, *required_plugins(name))}, pathlib.Path(scratch))
         create_environment(wheels)
-        models = {"llama": "demo", "bloom": tiny_bloom(pathlib.Path(scratch) / "tiny-bloom")}
-        for name in PLUGINS:
-            others = [f"light-plugin-{other}" for other in PLUGINS if other != name]
+        makers = {"llama": lambda folder: "demo", "bloom": tiny_bloom, "qwen": tiny_qwen, "llava": tiny_llava}
+        for name in chosen:
+            folder = pathlib.Path(scratch) / f"tiny-{name}"
+            model = makers[name](folder) if name in makers else configured(name, folder)
+            kept = (name, *required_plugins(name))
+            others = [f"light-plugin-{other}" for other in PLUGINS if other not in kept]
             run(PYTHON, "-m", "pip", "uninstall", "--quiet", "--disable-pip-version-check", "--yes", *others)
-            ours = [wheels[key] for key in ("light_core", "light_sdk", f"light_plugin_{name}")]
+            ours = [wheels[key] for key in ("light_core", "light_sdk", *(f"light_plugin_{one}" for one in kept))]
             pip("--force-reinstall", "--no-deps", *ours)
-            serve_and_ask(models[name], name)
+            pip(*ours)  # what they require of others
+            serve_and_ask(model, name, *(() if name in makers else ("--load-format", "dummy")))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SNAPSHOT = ROOT / "tests" / "contract.json"
 COMMAND = "python tests/test_contract_snapshot.py"
 CORE_MODULES = ("__init__", "types", "ops", "hookspecs", "errors", "config", "sampling_params", "llm")
-IMPLEMENTATIONS = ("kernel", "cpu")
+IMPLEMENTATIONS = ("kernel", "cpu", "compiled")
 """Modules of an op that only the kernel registry reaches, by name; their signature is the reference's."""
 
 

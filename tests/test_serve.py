@@ -600,13 +600,14 @@ def test_chat_without_a_server() -> None:
 def test_bench_serve(demo: Server, tmp_path: Path) -> None:
     before = demo.quiet()["vllm:generation_tokens_total"]
     written = tmp_path / "results.json"
-    sizes = ("--num-prompts", "6", "--input-len", "10", "--output-len", "8", "--max-concurrency", "3")
-    done = run("bench", "serve", "--url", demo.url, *sizes, "--json", str(written))
+    sizes = ("--num-prompts", "6", "--input-len", "10", "--output-len", "8", "--max-concurrency", "1,3", "--clients", "2")
+    done = run("bench", "serve", "--url", demo.url, *sizes, "--json", str(written), "--plot", str(tmp_path / "plot.png"))
     assert done.returncode == 0, done.stderr
-    results = json.loads(written.read_text())
-    assert (results["completed"], results["failed"], results["total_output_tokens"]) == (6, 0, 48)
-    assert results["mean_ttft_ms"] > 0 and results["p99_itl_ms"] > 0 and "output_throughput" in done.stdout
-    assert demo.quiet()["vllm:generation_tokens_total"] - before >= 48
+    for results in json.loads(written.read_text()):
+        assert (results["completed"], results["failed"], results["total_output_tokens"]) == (6, 0, 48)
+        assert 0 < results["mean_ttft_ms"] < results["mean_e2el_ms"] and results["p99_itl_ms"] > 0
+    assert done.stdout.count("output_throughput") == 2 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert demo.quiet()["vllm:generation_tokens_total"] - before >= 96
 
 
 def test_bench_offline(tmp_path: Path) -> None:
@@ -616,7 +617,7 @@ def test_bench_offline(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = dict(line.split() for line in done.stdout.splitlines())
     throughput, took = float(shown["output_throughput"].replace(",", "")), float(shown["elapsed_time"])
-    assert throughput > 0 and shown["num_prompts"] == "4" and took >= 0
+    assert throughput > 0 and shown["num_requests"] == "4" and took >= 0
 
 
 def test_doctor(tmp_path: Path) -> None:

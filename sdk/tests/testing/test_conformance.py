@@ -93,7 +93,8 @@ def no_window(case: Case) -> None:
 
 
 def kv_not_written(case: Case) -> None:
-    case.runtime.modules["layers.1"].attention.attention._write_kv = lambda *arguments: None
+    rotary = case.runtime.modules["layers.1"].attention.attention.rotary
+    rotary._rotary_kv = lambda q, k, v, cos_sin, k_cache, v_cache, slots, interleaved: rotary._rotary(q, k, cos_sin, interleaved)
 
 
 def contiguous_slots(case: Case) -> None:
@@ -114,7 +115,7 @@ def first_request_for_all(case: Case) -> None:
     select = attention._attention
 
     def wrong(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, *rest: Any) -> None:
-        select(out, q, k, v, replace(step, rows=step.rows[:1].expand(step.num_seqs)), *rest)
+        select(out, q, k, v, replace(step, rows=step.rows[:1].repeat(step.num_seqs)), *rest)
 
     attention._attention = wrong
 

@@ -9,11 +9,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 
 from light_core.plugins import ModelRuntime
-from light_core.types import KVLayout, Step
+from light_core.types import KVLayout, MediaSpan, MediaTokens, Step
 
 __all__ = ["Driver", "DriverRequest"]
 
@@ -27,12 +28,24 @@ class DriverRequest:
         prompt_len: tokens of the prompt.
         row: of the slot table.
         slots: slot of each position that has KV.
+        media: encoder name to the embeddings of its tokens; `rows` are positions in the prompt.
+        axes: int32 `[3, prompt_len]`, positions of three axes, and what is added to those of later tokens; None where
+            positions have one.
     """
 
     tokens: list[int]
     prompt_len: int
     row: int
     slots: list[int] = field(default_factory=list)
+    media: Mapping[str, MediaTokens] = field(default_factory=dict)
+    axes: tuple[torch.Tensor, int] | None = None
+
+    def axes_at(self, position: int) -> list[int]:
+        """The three positions of the token at `position`."""
+        assert self.axes is not None
+        positions, delta = self.axes
+        known: list[int] = positions[:, position].tolist() if position < self.prompt_len else [position + delta] * 3
+        return known
 
     @property
     def num_computed(self) -> int:
@@ -68,13 +81,24 @@ class Driver:
             random.Random(seed).shuffle(self._free_rows)
         self._users = [0] * num_slots
         self._prefixes: dict[DriverRequest, tuple[DriverRequest, int]] = {}
+        self._place = next((encoder.positions for encoder in runtime.media_encoders if encoder.positions is not None), None)
 
-    def start(self, prompt: Sequence[int], prefix: DriverRequest | None = None, prefix_len: int = 0) -> DriverRequest:
+    def start(
+        self,
+        prompt: Sequence[int],
+        prefix: DriverRequest | None = None,
+        prefix_len: int = 0,
+        media: Mapping[str, MediaTokens] | None = None,
+        spans: Sequence[MediaSpan] = (),
+    ) -> DriverRequest:
         """A new request, whose first `prefix_len` tokens are those of `prefix` and use its KV.
 
-        `prefix` must have that KV when the request's first step is prepared, or get it earlier in the same step.
+        `prefix` must have that KV when the request's first step is prepared, or get it earlier in the same step. Tokens of
+        `prompt` at positions that `media` names may have any id: steps have 0 for them. `spans` says where the items are, for
+        an encoder with `positions`.
         """
-        request = DriverRequest(list(prompt), len(prompt), self._free_rows.pop(0))
+        axes = None if self._place is None else self._place(len(prompt), spans)
+        request = DriverRequest(list(prompt), len(prompt), self._free_rows.pop(0), media=media or {}, axes=axes)
         if prefix is not None:
             assert list(prompt[:prefix_len]) == prefix.tokens[:prefix_len]
             self._prefixes[request] = (prefix, prefix_len)
@@ -127,8 +151,12 @@ class Driver:
         owners = [request for request, count in work for _ in range(count)]
         num_decodes = sum(begin >= request.prompt_len and count == 1 for request, count, begin in zip(requests, counts, begins))
         lens = [request.prompt_len if p < request.prompt_len else p + 1 for request, p in zip(owners, positions)]
+        media = self._media([(request, begin, count) for request, count, begin in zip(requests, counts, begins)])
+        token_ids = self._ints([request.tokens[p] for request, p in zip(owners, positions)])
+        for tokens in media.values():
+            token_ids[tokens.rows] = 0
         return Step(
-            token_ids=self._ints([request.tokens[p] for request, p in zip(owners, positions)]),
+            token_ids=token_ids,
             positions=self._ints(positions),
             context_lens=self._ints(lens),
             slots=self._ints([request.slots[p] for request, p in zip(owners, positions)]).long(),
@@ -140,7 +168,28 @@ class Driver:
             num_decodes=num_decodes,
             max_query_len=max(counts),
             max_seq_len=max(request.num_computed for request in requests),
+            prompt_lens=self._ints([request.prompt_len for request in requests]),
+            media=media or None,
+            media_positions=None if self._place is None else self._axes(owners, positions),
         )
+
+    def _axes(self, owners: Sequence[DriverRequest], positions: Sequence[int]) -> torch.Tensor:
+        return self._ints([request.axes_at(p) for request, p in zip(owners, positions)]).t().contiguous()
+
+    def _media(self, spans: Sequence[tuple[DriverRequest, int, int]]) -> dict[str, MediaTokens]:
+        """The media tokens of a step that computes `count` tokens of each request from `begin` on."""
+        parts: dict[str, list[MediaTokens]] = {}
+        first = 0
+        for request, begin, count in spans:
+            for name, tokens in request.media.items():
+                here = (tokens.rows >= begin) & (tokens.rows < begin + count)
+                if here.any():
+                    parts.setdefault(name, []).append(MediaTokens(tokens.embeddings[here], tokens.rows[here] - begin + first))
+            first += count
+        return {
+            name: MediaTokens(torch.cat([part.embeddings for part in found]), torch.cat([part.rows for part in found]))
+            for name, found in parts.items()
+        }
 
     def run(self, step: Step) -> torch.Tensor:
         """The model's forward pass: `[R, V]`, on the device and in the dtype that the model gives."""
@@ -161,7 +210,7 @@ class Driver:
         for slot in slots:
             self._users[slot] += 1
 
-    def _ints(self, values: Sequence[int]) -> torch.Tensor:
+    def _ints(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 

@@ -12,6 +12,13 @@ request's token, or none, shows in the output. The rule, with tokens t_0 … t_(
 Both depend on the tokens and their order alone, so chunking, caching, preemption and batching change nothing.
 `predict` computes the same in plain Python. Logits are 50 for the next token and 0 for every other, so that sampling
 takes it too and penalties or biases still act. `step_delay_ms` of config.json makes every step take that long on a CPU.
+
+With `echo_media` "flat" or "grid" it sees pictures too, at the token "<image>". A picture takes a token for every 16 by 16
+pixels (or a part of that), and counts as a token `picture_values` says for each, which depends on every pixel; so a picture
+that is not there, or another one, shows in the output. "grid" also gives it positions of three axes, as Qwen2-VL has them,
+and adds p_0 + 2 p_1 + 3 p_2 to each token before the rule. A magenta first pixel makes the encoder fail, a green one the
+preprocessing.
+
 This module is a plugin's `hooks.py`: it imports no torch; the layers are in `echo_model.py`.
 """
 
@@ -23,16 +30,31 @@ from typing import Any
 
 from light_core.errors import ModelError
 from light_core.hookspecs import hookimpl
-from light_core.types import Family, FamilyRegistry, KVGroup, KVLayout, KVPlane, Layer, ModelContext, PostLayer, PreLayer, WeightPlan
+from light_core.types import (
+    Family,
+    FamilyRegistry,
+    KVGroup,
+    KVLayout,
+    KVPlane,
+    Layer,
+    MediaEncoder,
+    MediaSpan,
+    ModelContext,
+    PostLayer,
+    PreLayer,
+    WeightPlan,
+)
 
-__all__ = ["predict", "write_model"]
+__all__ = ["axes_of", "picture_values", "predict", "write_model"]
 
 light_api = 1
 
-FAMILY = Family(name="echo", architectures=("EchoForCausalLM",), attention="none")
+FAMILY = Family(name="echo", architectures=("EchoForCausalLM",), attention="none", media=("image",))
 RULES = ("repeat", "checksum")
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 ROLES = ("system", "user", "assistant")
+IMAGE_TOKEN = "<image>"
+PATCH = 16
 NO_TENSORS = struct.pack("<Q", 8) + b"{}      "
 """A safetensors file: the length of its header in bytes, and a header that names no tensor."""
 CHAT_TEMPLATE = (
@@ -40,17 +62,64 @@ CHAT_TEMPLATE = (
 )
 
 
-def predict(prompt: Sequence[int], count: int, config: Mapping[str, Any]) -> list[int]:
-    """The `count` tokens that follow `prompt`, end-of-sequence or not; `config` is the contents of config.json."""
-    tokens, first = list(prompt), config["echo_first"]
+def predict(prompt: Sequence[int], count: int, config: Mapping[str, Any], spans: Sequence[MediaSpan] = ()) -> list[int]:
+    """The `count` tokens that follow `prompt`, end-of-sequence or not.
+
+    Args:
+        prompt: with the values of pictures in their places.
+        count: tokens to generate.
+        config: the contents of config.json.
+        spans: of the pictures, for "grid".
+    """
+    tokens, output, first = list(prompt), [], config["echo_first"]
+    placed = config.get("echo_media") == "grid"
+    axes, delta = axes_of(len(prompt), spans)
+    if placed:
+        tokens = [token + _weight(place) for token, place in zip(tokens, axes, strict=True)]
     for _ in range(count):
         if config["echo_rule"] == "checksum":
             total = sum((i + 1) * (token + 1) for i, token in enumerate(tokens))
-            tokens.append(first + total % (config["vocab_size"] - first))
+            output.append(first + total % (config["vocab_size"] - first))
         else:
             period = config["echo_period"] or 1 + tokens[0] % 8
-            tokens.append(tokens[len(tokens) - period] if len(tokens) >= period else tokens[0])
-    return tokens[len(prompt) :]
+            output.append(tokens[len(tokens) - period] if len(tokens) >= period else tokens[0])
+        tokens.append(output[-1] + (_weight((len(tokens) + delta,) * 3) if placed else 0))
+    return output
+
+
+def picture_values(width: int, height: int, rgb: bytes, config: Mapping[str, Any]) -> list[int]:
+    """The tokens that a picture counts as, patch by patch; `rgb` has 3 bytes a pixel, row by row."""
+    first = config["echo_first"]
+    values = []
+    for top in range(0, height, PATCH):
+        for left in range(0, width, PATCH):
+            total = 0
+            for y in range(top, min(top + PATCH, height)):
+                for x in range(left, min(left + PATCH, width)):
+                    at = 3 * (y * width + x)
+                    total += (1 + x - left + 3 * (y - top)) * (rgb[at] + 2 * rgb[at + 1] + 5 * rgb[at + 2])
+            values.append(first + total % (config["vocab_size"] - first))
+    return values
+
+
+def axes_of(length: int, spans: Sequence[MediaSpan]) -> tuple[list[tuple[int, int, int]], int]:
+    """Positions of the three axes of a prompt, and what is added to later ones: text counts on in all of them; a picture
+    stays where it begins in the first, and counts its rows and columns in the others (Qwen2-VL, arXiv 2409.12191)."""
+    places: list[tuple[int, int, int]] = []
+    at = 0
+    for span in spans:
+        count = span.start - len(places)
+        places += [(at + i,) * 3 for i in range(count)]
+        at += count
+        _, rows, columns = span.grid
+        places += [(at, at + i // columns, at + i % columns) for i in range(span.num_tokens)]
+        at += max(rows, columns)
+    places += [(at + i,) * 3 for i in range(length - len(places))]
+    return places, at - spans[-1].start - spans[-1].num_tokens if spans else 0
+
+
+def _weight(place: Sequence[int]) -> int:
+    return sum((axis + 1) * position for axis, position in enumerate(place))
 
 
 def write_model(
@@ -62,6 +131,7 @@ def write_model(
     num_layers: int = 2,
     max_len: int = 2048,
     step_delay_ms: float = 0.0,
+    echo_media: str | None = None,
 ) -> dict[str, Any]:
     """Writes a model folder for the family: config.json, a checkpoint without tensors, and a tokenizer with one token a word.
 
@@ -75,13 +145,14 @@ def write_model(
         num_layers: layers that keep KV; each reads its own and all must agree.
         max_len: longest request in tokens.
         step_delay_ms: how long every step takes at least, on a CPU.
+        echo_media: "flat" or "grid" to see pictures.
 
     Returns:
         The contents of config.json.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    words = [*SPECIAL_TOKENS, *ROLES, *(f"w{i}" for i in range(num_words))]
+    words = [*SPECIAL_TOKENS, *ROLES, *(f"w{i}" for i in range(num_words)), *([IMAGE_TOKEN] if echo_media else ())]
     config = {
         "architectures": list(FAMILY.architectures),
         "vocab_size": len(words),
@@ -95,6 +166,7 @@ def write_model(
         "echo_period": echo_period,
         "echo_first": len(SPECIAL_TOKENS) + len(ROLES),
         "step_delay_ms": step_delay_ms,
+        "echo_media": echo_media,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "model.safetensors").write_bytes(NO_TENSORS)
@@ -120,7 +192,7 @@ def _tokenizer(words: Sequence[str]) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": token, **flags} for i, token in enumerate(SPECIAL_TOKENS)],
+        "added_tokens": [{"id": i, "content": word, **flags} for i, word in enumerate(words) if word in (*SPECIAL_TOKENS, IMAGE_TOKEN)],
         "normalizer": None,
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
@@ -147,6 +219,15 @@ def light_kv_layout(model: ModelContext) -> KVLayout | None:
     if rule not in RULES:
         raise ModelError(f"echo_rule {rule!r} is not known", f"known: {', '.join(RULES)}", "write the folder with write_model")
     return KVLayout((KVGroup(tuple(range(model.config.num_hidden_layers)), (KVPlane("token", (1,), "int32"),)),))
+
+
+@hookimpl
+def light_media_encoders(model: ModelContext) -> tuple[MediaEncoder, ...] | None:
+    if model.family.name != FAMILY.name or not getattr(model.config, "echo_media", None):
+        return None
+    from light_sdk.testing.echo_model import create_encoder
+
+    return (create_encoder(model),)
 
 
 @hookimpl

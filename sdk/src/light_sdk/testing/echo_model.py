@@ -5,13 +5,16 @@ no sound KV pool lets happen.
 """
 
 import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from light_core.types import Hidden, KVView, ModelContext, Step
+from light_core.types import Hidden, KVView, MediaEncoder, MediaSpan, ModelContext, Step
+from light_sdk.testing.echo import IMAGE_TOKEN, PATCH, axes_of
 
-__all__ = ["EchoLayer", "EchoPost", "EchoPre"]
+__all__ = ["EchoEncoder", "EchoLayer", "EchoPost", "EchoPre", "create_encoder"]
 
 LOGIT = 50.0
 UNDECIDED = -2.0
@@ -20,8 +23,74 @@ TORN = -1.0
 """What layers give that disagree with one before."""
 
 
+FAILS_TO_ENCODE, FAILS_TO_PREPROCESS = (255, 0, 255), (0, 255, 0)
+"""First pixels that make trouble."""
+
+
+def create_encoder(model: ModelContext) -> MediaEncoder:
+    """The family's encoder of pictures; `echo.picture_values` says what it computes."""
+    grid = model.config.echo_media == "grid"
+    return MediaEncoder(
+        name="image",
+        kind="image",
+        preprocess=preprocess,
+        num_tokens=lambda tensors: int(grid_of(tensors)[1] * grid_of(tensors)[2]),
+        module=EchoEncoder(model),
+        placeholder=IMAGE_TOKEN,
+        token_id=int(model.config.vocab_size) - 1,
+        marker=f"{IMAGE_TOKEN} ",
+        grid=grid_of if grid else None,
+        positions=positions if grid else None,
+    )
+
+
+def preprocess(data: bytes) -> dict[str, torch.Tensor]:
+    """The pixels of a binary PPM, uint8 `[H, W, 3]`."""
+    _, size, _, rgb = data.split(b"\n", 3)
+    width, height = map(int, size.split())
+    if tuple(rgb[:3]) == FAILS_TO_PREPROCESS:
+        raise ValueError("a green picture")
+    return {"pixels": torch.frombuffer(bytearray(rgb), dtype=torch.uint8).view(height, width, 3)}
+
+
+def grid_of(tensors: Mapping[str, torch.Tensor]) -> tuple[int, int, int]:
+    """Frames, rows and columns of patches."""
+    height, width, _ = tensors["pixels"].shape
+    return 1, -(-height // PATCH), -(-width // PATCH)
+
+
+def positions(length: int, spans: Sequence[MediaSpan]) -> tuple[torch.Tensor, int]:
+    """As `echo.axes_of`."""
+    places, delta = axes_of(length, spans)
+    return torch.tensor(places, dtype=torch.int32).T, delta
+
+
+class EchoEncoder(nn.Module):
+    """A number for each patch."""
+
+    def __init__(self, model: ModelContext) -> None:
+        super().__init__()
+        self.first, self.vocab_size = int(model.config.echo_first), int(model.config.vocab_size)
+
+    def forward(self, items: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        return torch.cat([self._values(item["pixels"]) for item in items])[:, None].float()
+
+    def _values(self, pixels_HWC: torch.Tensor) -> torch.Tensor:
+        height, width, _ = pixels_HWC.shape
+        if tuple(pixels_HWC[0, 0].tolist()) == FAILS_TO_ENCODE:
+            raise ValueError("a magenta picture")
+        grey_HW = (pixels_HWC.long() * torch.tensor([1, 2, 5], device=pixels_HWC.device)).sum(-1)
+        index = torch.arange(PATCH, device=pixels_HWC.device)
+        weight_PP = 1 + index + 3 * index[:, None]
+        padded = functional.pad(grey_HW, (0, -width % PATCH, 0, -height % PATCH))
+        rows, columns = padded.shape[0] // PATCH, padded.shape[1] // PATCH
+        patches = padded.view(rows, PATCH, columns, PATCH).transpose(1, 2)
+        values: torch.Tensor = (patches * weight_PP).sum((2, 3)).flatten()
+        return self.first + values % (self.vocab_size - self.first)
+
+
 class EchoPre(nn.Module):
-    """Starts with no opinion, and spends the step's delay."""
+    """Starts with no opinion, and spends the step's delay. Leaves what tokens count as in `Step.shared`."""
 
     def __init__(self, model: ModelContext) -> None:
         super().__init__()
@@ -30,6 +99,13 @@ class EchoPre(nn.Module):
     def forward(self, step: Step) -> Hidden:
         if self.delay_s:
             time.sleep(self.delay_s)
+        tokens_T = step.token_ids.clone()
+        for media in (step.media or {}).values():
+            tokens_T[media.rows] = media.embeddings[:, 0].int()
+        if step.media_positions is not None:
+            weights = torch.arange(1, 4, dtype=torch.int32, device=tokens_T.device)[:, None]
+            tokens_T += (step.media_positions * weights).sum(0, dtype=torch.int32)
+        step.shared["echo_tokens"] = tokens_T
         return Hidden(torch.full((step.num_tokens, 1), UNDECIDED, dtype=torch.float32, device=step.token_ids.device))
 
 
@@ -45,7 +121,7 @@ class EchoLayer(nn.Module):
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         plane_S = kv["token"][:, 0]
-        plane_S[step.slots] = step.token_ids
+        plane_S[step.slots] = step.shared["echo_tokens"]
         request_T = (
             torch.searchsorted(step.cu_seqlens_q, torch.arange(step.num_tokens, dtype=torch.int32, device=plane_S.device), right=True) - 1
         )

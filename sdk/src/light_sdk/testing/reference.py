@@ -43,9 +43,9 @@ class Trace:
         return self.prompt + self.output
 
 
-def create_model(config: Any, seed: int = 0) -> Any:
-    """transformers' model of `config` on the CPU, in float32, with eager attention and wide random weights."""
-    factory: Any = AutoModelForCausalLM
+def create_model(config: Any, seed: int = 0, factory: Any = AutoModelForCausalLM) -> Any:
+    """transformers' model of `config` on the CPU, in float32, with eager attention and wide random weights; `factory` is the
+    auto class that knows it."""
     model = factory.from_config(copy.deepcopy(config), attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -67,15 +67,18 @@ def create_prompts(vocab_size: int, seed: int = 0) -> list[list[int]]:
     return [*prompts, prompts[2][:PREFIX_LEN] + draw(9)]
 
 
-def trace(model: Any, prompt: list[int]) -> Trace:
-    """What `model` makes of `prompt`. On a copy: some rotary scalings remember the longest sequence they have seen."""
+def trace(model: Any, prompt: list[int], **media: torch.Tensor) -> Trace:
+    """What `model` makes of `prompt`, and of what `media` gives it with the prompt, such as pixel values.
+
+    On a copy: some rotary scalings remember the longest sequence they have seen.
+    """
     model, logits, output = copy.deepcopy(model), [], []
     tokens, past = torch.tensor([prompt]), None
     with torch.inference_mode():
         for _ in range(NUM_OUTPUT):
-            out = model(input_ids=tokens, past_key_values=past, use_cache=True)
+            out = model(input_ids=tokens, past_key_values=past, use_cache=True, **media)
             logits.append(out.logits[0].float())
-            past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            past, tokens, media = out.past_key_values, out.logits[:, -1:].argmax(-1), {}
             output.append(int(tokens))
     return Trace(prompt, output, torch.cat(logits))
 

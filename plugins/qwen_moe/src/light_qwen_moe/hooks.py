@@ -1,0 +1,61 @@
+"""The qwen_moe family's answers to the contract's hooks. Imports no torch; the modules it names do."""
+
+from light_sdk import Family, FamilyRegistry, KVLayout, Layer, ModelContext, PostLayer, PreLayer, WeightPlan, hookimpl
+
+light_api = 1
+
+FAMILY = Family(
+    name="qwen_moe",
+    architectures=("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
+    attention="gqa",
+)
+
+
+@hookimpl
+def light_register_families(registry: FamilyRegistry) -> None:
+    registry.add(FAMILY)
+
+
+@hookimpl
+def light_weight_plan(model: ModelContext) -> WeightPlan | None:
+    if model.family.name != FAMILY.name:
+        return None
+    from light_qwen_moe.weights import weight_plan
+
+    return weight_plan(model)
+
+
+@hookimpl
+def light_kv_layout(model: ModelContext) -> KVLayout | None:
+    if model.family.name != FAMILY.name:
+        return None
+    from light_qwen_moe.kv import kv_layout
+
+    return kv_layout(model)
+
+
+@hookimpl
+def light_pre_layer(model: ModelContext) -> PreLayer | None:
+    if model.family.name != FAMILY.name:
+        return None
+    from light_qwen_moe.model import Embeddings
+
+    return Embeddings(model)
+
+
+@hookimpl
+def light_layer(model: ModelContext, layer_id: int) -> Layer | None:
+    if model.family.name != FAMILY.name:
+        return None
+    from light_qwen_moe.model import DecoderLayer
+
+    return DecoderLayer(model, layer_id)
+
+
+@hookimpl
+def light_post_layer(model: ModelContext) -> PostLayer | None:
+    if model.family.name != FAMILY.name:
+        return None
+    from light_qwen_moe.model import create_head
+
+    return create_head(model)
