@@ -50,20 +50,26 @@ def test_a_profile_has_every_operator() -> None:
 
 
 def test_of_a_gpu_its_own_events_count() -> None:
-    def event(name: str, device: DeviceType, us: float, **more: Any) -> Any:
-        fields = {"name": name, "device_type": device, "time_range": Interval(100.0, 100.0 + us), "is_user_annotation": False}
+    """And what runs beside the kernel before it counts from that one's end: times and gaps add up to the step."""
+
+    def event(name: str, device: DeviceType, begin: float, end: float, **more: Any) -> Any:
+        fields = {"name": name, "device_type": device, "time_range": Interval(begin, end), "is_user_annotation": False}
         return SimpleNamespace(**fields | more)
 
     events = [
-        event("_my_kernel", DeviceType.CUDA, 30.0),
-        event("_my_kernel", DeviceType.CUDA, 50.0),
-        event("Memcpy DtoH (Device -> Pinned)", DeviceType.CUDA, 2.0),
-        event("cudaGraphLaunch", DeviceType.CPU, 500.0),
-        event("a range", DeviceType.CUDA, 900.0, is_user_annotation=True),
+        event("_early_kernel", DeviceType.CUDA, 150.0, 190.0),
+        event("_my_kernel", DeviceType.CUDA, 100.0, 130.0),
+        event("_my_kernel", DeviceType.CUDA, 130.0, 180.0),
+        event("_within_kernel", DeviceType.CUDA, 160.0, 170.0),
+        event("Memcpy DtoH (Device -> Pinned)", DeviceType.CUDA, 200.0, 202.0),
+        event("cudaGraphLaunch", DeviceType.CPU, 0.0, 500.0),
+        event("a range", DeviceType.CUDA, 0.0, 900.0, is_user_annotation=True),
     ]
     assert kernel_times(events, 2, True, {"_my_kernel": "my_op"}) == [
         KernelTime("_my_kernel", "my_op", 0.04, 1.0),
+        KernelTime("_early_kernel", "other", 0.005, 0.5),
         KernelTime("Memcpy DtoH (Device -> Pinned)", "copies", 0.001, 0.5),
+        KernelTime("_within_kernel", "other", 0.0, 0.5),
     ]
 
 

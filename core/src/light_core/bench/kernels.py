@@ -67,13 +67,20 @@ def profile_kernels(run: Callable[[], None], num_steps: int, device: torch.devic
 
 
 def kernel_times(events: Iterable[Any], num_steps: int, is_cuda: bool, kernels: Mapping[str, str]) -> list[KernelTime]:
-    """Times a step out of the profiler's events, longest first; on a GPU its own events alone."""
+    """Times a step out of the profiler's events, longest first; on a GPU its own events alone.
+
+    A kernel that starts while the one before it still runs (programmatic dependent launch) counts from that one's end, so
+    that times and gaps add up to the step.
+    """
     totals: dict[tuple[str, str], list[float]] = {}
+    if is_cuda:
+        on_device = (event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation)
+        events, end_us = sorted(on_device, key=lambda event: event.time_range.start), 0.0
     for event in events:
         if is_cuda:
-            if event.device_type.name != "CUDA" or event.is_user_annotation:
-                continue
-            key, elapsed_us = (event.name, kind_of(event.name, kernels)), event.time_range.elapsed_us()
+            key = (event.name, kind_of(event.name, kernels))
+            elapsed_us = max(0.0, event.time_range.end - max(event.time_range.start, end_us))
+            end_us = max(end_us, event.time_range.end)
         else:
             key, elapsed_us = (event.name, _op_around(event) or kind_of(event.name, kernels)), event.self_cpu_time_total
         total = totals.setdefault(key, [0.0, 0.0])

@@ -189,7 +189,6 @@ class FamilyConformance:
         name = request.param
         if name not in self._cases:
             self._cases[name] = self.create_case(name, tmp_path_factory.mktemp(name))
-        self._cases[name].errors.clear()
         return self._cases[name]
 
     def create_case(self, name: str, folder: Path) -> Case:

@@ -1,16 +1,16 @@
 """Writes down what the standard checks found: `pytest -p light_sdk.testing.results --model-results FILE`, a pytest plugin.
 
 With the option the checks of `FamilyConformance` run and no other tests; those that fail are written down as failed. FILE
-is JSON and holds one run: the kind of processor and the versions, what each check allows, the architectures of each family,
+is JSON and holds one run: the kind of processor and the versions, what each check allows, the families of each plugin,
 and a line for each variant. It has no times and no paths outside of the project. Errors are bounds: rounded up, and those
-of the file that is there are kept where they hold and are close, as where tensors lie in memory moves the last digits. So
-running again on such a machine gives the same file. Works with pytest-xdist.
+of the file that is there are kept where they hold and are close, as other processors of the kind and other versions move
+last digits. Running again gives the same file. Works with pytest-xdist.
 """
 
 import json
 import math
 import platform
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,16 @@ import pytest
 
 from light_sdk.testing.bounds import bound_of
 
-__all__ = ["FAILED", "assemble_results", "describe_check", "keep_bounds", "planned_checks", "render_results", "round_up"]
+__all__ = [
+    "FAILED",
+    "announced_families",
+    "assemble_results",
+    "describe_check",
+    "keep_bounds",
+    "planned_checks",
+    "render_results",
+    "round_up",
+]
 
 FAILED = "failed"
 PROPERTY = "light_model_result"
@@ -38,6 +47,14 @@ def planned_checks(suite: type[Any]) -> dict[str, str | None]:
 
     checks = [name for name, check in vars(FamilyConformance).items() if name.startswith("test_") and _takes_case(check)]
     return {name: suite.exempt.get(name) for name in checks}
+
+
+def announced_families(plugins: Sequence[str]) -> dict[str, list[str]]:
+    """The families that the last of `plugins`, module paths, announces: name to architectures."""
+    from light_core.plugins import load_plugins
+
+    families = load_plugins(",".join(plugins)).families
+    return {family.name: list(family.architectures) for family in families if families.owner(family).ref.module == plugins[-1]}
 
 
 def describe_check(check: Callable[..., Any]) -> dict[str, Any]:
@@ -68,7 +85,7 @@ def keep_bounds(results: dict[str, Any], before: dict[str, Any]) -> dict[str, An
 
 
 def render_results(results: dict[str, Any]) -> str:
-    """`results` as JSON with a line for each variant, each check and each family."""
+    """`results` as JSON with a line for each variant, each check and each plugin."""
     parts = []
     for key, value in results.items():
         if isinstance(value, list):
@@ -105,6 +122,11 @@ class ModelResults:
         others = [item for item in items if not _is_check(item)]
         items[:] = [item for item in items if _is_check(item)]
         config.hook.pytest_deselected(items=others)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: Any) -> None:
+        """The case is that of the check before, and so far has its errors."""
+        item.funcargs["case"].errors.clear()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -150,11 +172,8 @@ def describe_outcome(item: Any, report: pytest.TestReport) -> dict[str, Any]:
         "outcome": outcome,
     }
     if case is not None:
-        model = case.runtime.model
-        family = model.checkpoint_family
-        found["families"] = {family.name: list(family.architectures)}
         found["model"] = {
-            "family": family.name,
+            "family": case.runtime.model.checkpoint_family.name,
             "architecture": json.loads((case.folder / "config.json").read_text())["architectures"][0],
             "reference": describe_reference(case.source),
         }
@@ -172,7 +191,7 @@ def describe_reference(source: Any) -> str:
 def assemble_results(found: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of the file, in an order that does not depend on which check ended first."""
     checks = {record["check"]: record["allows"] for record in found}
-    families = {name: names for record in found for name, names in record.get("families", {}).items()}
+    plugins = {record["plugins"][-1]: record["plugins"] for record in found}
     variants: dict[tuple[str, str], dict[str, Any]] = {}
     outcomes: dict[tuple[str, str], dict[str, float | str]] = {}
     for record in sorted(found, key=lambda record: "model" not in record):
@@ -185,7 +204,7 @@ def assemble_results(found: list[dict[str, Any]]) -> dict[str, Any]:
         "machine": _machine({allows["device"] for allows in checks.values()}),
         "versions": {name: _version(name) for name in LIBRARIES},
         "checks": {name: checks[name] for name in order if name in checks},
-        "families": {name: families[name] for name in sorted(families)},
+        "families": {name: announced_families(plugins[name]) for name in sorted(plugins)},
         "variants": [
             {**variants[key], "outcomes": {name: outcomes[key][name] for name in order if name in outcomes[key]}}
             for key in sorted(variants)
