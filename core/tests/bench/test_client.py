@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-
 import pytest
 
 from light_core.bench.client import Job, Sample, Target, run_job

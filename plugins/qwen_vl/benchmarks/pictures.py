@@ -1,0 +1,298 @@
+"""Pictures on one GPU: how fast they are encoded, and how long a question about one waits for its first token.
+
+    python plugins/qwen_vl/benchmarks/pictures.py encoder [NAME …]    the encoders alone, beside the roofline
+    python plugins/qwen_vl/benchmarks/pictures.py folder FOLDER       a model without weights of Qwen2-VL-7B's shape
+    python plugins/qwen_vl/benchmarks/pictures.py ask URL             asks a server of the OpenAI API, Light's or another
+
+`encoder` prints a case's time with every kernel launched and by its CUDA graph, after it has compared the two; a wrong one
+prints no number and the program ends with status 1. Its floor is that of the products and of attention at the matrix rate.
+`ask` sends pictures that no cache knows, one at a time and several at a time, and prints one JSON line for each.
+"""
+
+import argparse
+import base64
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEXT = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "dtype": "bfloat16",
+}
+FIRST = {
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "seq_length": 2048,
+    "visual": {
+        "heads": 16,
+        "image_size": 448,
+        "image_start_id": 151857,
+        "layers": 48,
+        "mlp_ratio": 4.9231,
+        "output_dim": 4096,
+        "patch_size": 14,
+        "width": 1664,
+    },
+}
+EYES = {"depth": 32, "in_channels": 3, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN2 = {"embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "hidden_act": "quick_gelu"}
+QWEN2_5 = {"hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420, "window_size": 112, "hidden_act": "silu"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2-vl": {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        **TEXT,
+        "vision_config": EYES | QWEN2 | {"model_type": "qwen2_vl"},
+    },
+    "qwen2.5-vl": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        **TEXT,
+        "vision_config": EYES | QWEN2_5 | {"fullatt_block_indexes": [7, 15, 23, 31], "model_type": "qwen2_5_vl"},
+    },
+    "qwen-vl": FIRST,
+}
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|object_{part}|>" for part in ("ref_start", "ref_end")),
+    *(f"<|{kind}_{part}|>" for kind in ("box", "quad") for part in ("start", "end")),
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+WORDS = 151643
+SIZES = ((224, 224, 1), (448, 448, 1), (1000, 1000, 1), (448, 448, 4), (1000, 1000, 4), (2000, 1500, 1))
+"""Width, height, and pictures at a time."""
+SQUARES = ((448, 448, 1), (448, 448, 4), (448, 448, 16))
+"""Of Qwen-VL, which knows one size."""
+MATRIX_RATE = 700e12
+"""Operations a second of an H200 in bfloat16, as measured with large products."""
+TOLERANCE = 0.05
+CALLS = 10
+
+
+# ------------------------------------------------------------------------------------------- encoders
+
+
+def create_encoder(name: str, device: str = "cuda") -> Any:
+    """The encoder of configuration `name` with random weights, in bfloat16, above a text model of one layer."""
+    from light_core.engine.model_files import read_config
+    from light_core.engine.weights import fill_dummy
+    from light_core.plugins import bind, load_plugins, resolve_family
+    from light_core.types import Limits
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(CONFIGS[name] | {"num_hidden_layers": 1}))
+        loaded, files = load_plugins("light_sdk.hooks,light_qwen.hooks,light_qwen_vl.hooks"), read_config(Path(folder), {})
+        limits = Limits(4096, 8, 4096)
+        family = resolve_family(files.architectures, loaded)
+        runtime = bind(loaded, family=family, config=files.config, dtype="bfloat16", device=device, limits=limits, folder=folder)
+    modules = {prefix: module for prefix, module in runtime.modules.items() if prefix.startswith("media.")}
+    fill_dummy(modules, runtime.weight_plan, 0)
+    return runtime.media_encoders[0]
+
+
+def picture(width: int, height: int, seed: int) -> bytes:
+    """A binary PPM of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
+
+
+def operations(name: str, items: list[Any]) -> float:
+    """Of the products and of attention, counted from the definition; what is padded and moved costs nothing."""
+    if name == "qwen-vl":
+        patches, width, inner, out, queries = 1024, 1664, 8192, 4096, 256
+        layer = 2 * patches * (4 * width**2 + 2 * width * inner) + 4 * patches**2 * width
+        resampler = 2 * (patches * out * (width + 2 * out) + queries * out * 3 * out) + 4 * queries * patches * out
+        return len(items) * (48 * layer + resampler + 2 * patches * 588 * width)
+    width, inner, total = 1280, (5120 if name == "qwen2-vl" else 3420), 0.0
+    for item in items:
+        patches = len(item["patches"])
+        products = 2 * patches * (4 * width**2 + (2 if name == "qwen2-vl" else 3) * width * inner)
+        full, windowed = (32, 0) if name == "qwen2-vl" else (4, 28)
+        attention = 4 * patches * width * (full * patches + windowed * 64)
+        merger = 2 * patches // 4 * ((4 * width) ** 2 + 4 * width * 3584)
+        total += 32 * products + attention + merger + 2 * patches * 588 * width
+    return total
+
+
+def measure(module: Any, items: list[Any]) -> float:
+    """Median seconds of encoding `items`, by events."""
+    import torch
+
+    module(items)
+    times = []
+    for _ in range(CALLS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        module(items)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def measure_encoders(names: list[str]) -> int:
+    import torch
+    from torch.nn.attention import sdpa_kernel
+
+    from light_qwen_vl.graphs import PLANNED, SEEN, UNPLANNED
+
+    wrong = 0
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; floor at {MATRIX_RATE / 1e12:.0f} TFLOP/s")
+    print("encoder      pictures        first ms  planned ms  graph ms  pictures/s  TFLOP/s  of floor")
+    for name in names:
+        encoder = create_encoder(name)
+        module = encoder.module
+        for width, height, count in SIZES if name != "qwen-vl" else SQUARES:
+            items = [
+                {key: value.cuda() for key, value in encoder.preprocess(picture(width, height, seed)).items()} for seed in range(count)
+            ]
+            with torch.inference_mode():
+                graphs, module.graphs = module.graphs, lambda shape, inputs, module=module: module.encode(shape, *inputs)
+                with sdpa_kernel(UNPLANNED, set_priority=True):
+                    expected, first = module(items), measure(module, items)
+                with sdpa_kernel(PLANNED, set_priority=True):
+                    planned = measure(module, items)
+                module.graphs = graphs
+                for _ in range(SEEN):
+                    found = module(items)
+                seconds = measure(module, items)
+            error = ((found - expected).float().abs().max() / expected.float().abs().max()).item()
+            if not error <= TOLERANCE:
+                wrong += 1
+                print(f"{name:12} {count} x {width}x{height}: a graph's embeddings are off by {error:.3g} of the largest")
+                continue
+            work = operations(name, items)
+            print(
+                f"{name:12} {f'{count} x {width}x{height}':14} {first * 1e3:9.2f} {planned * 1e3:11.2f} {seconds * 1e3:9.2f} "
+                f"{count / seconds:11.1f} {work / seconds / 1e12:8.0f} {work / MATRIX_RATE / seconds:9.2f}"
+            )
+        del encoder, module
+        torch.cuda.empty_cache()
+    return wrong
+
+
+# ------------------------------------------------------------------------------------------- servers
+
+
+def write_folder(folder: Path) -> None:
+    """config.json, preprocessor_config.json and a tokenizer of words: to be served with dummy weights."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from light_qwen_vl.chat import CHATML
+    from light_qwen_vl.images import MEAN, STD
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS["qwen2-vl"], indent=1))
+    bounds = {"min_pixels": 56 * 56, "max_pixels": 14 * 14 * 4 * 16384}
+    sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**bounds, **sizes, **names, "image_mean": MEAN, "image_std": STD}))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+def jpeg(seed: int, side: int = 1000) -> str:
+    """A data URL of a picture of `side` pixels: slopes and noise, as large a file as a photograph's."""
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(0, 24, (side, side, 3))
+    slopes = np.linspace(0, 200, side)[None, :, None] * np.array([1.0, 0.6, 0.3]) + np.linspace(0, 30, side)[:, None, None]
+    buffer = io.BytesIO()
+    Image.fromarray((slopes + noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def ask(url: str, model: str, source: str) -> float:
+    """Seconds from sending a question about a picture until the first piece of the answer."""
+    parts = [{"type": "image_url", "image_url": {"url": source}}, {"type": "text", "text": " ".join(f"w{i}" for i in range(32))}]
+    body = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 4, "temperature": 0, "stream": True}
+    data, headers = json.dumps(body | {"ignore_eos": True}).encode(), {"Content-Type": "application/json"}
+    begin, first = time.perf_counter(), None
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", data, headers), timeout=300) as answer:
+        for line in answer:
+            if line.startswith(b"data: {") and first is None and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                first = time.perf_counter() - begin
+    if first is None:
+        raise RuntimeError("the server answered without a token")
+    return first
+
+
+def measure_server(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        model = json.load(answer)["data"][0]["id"]
+    sources, seed = [jpeg(seed) for seed in range(8)], 8
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda source: ask(url, model, source), sources))
+    for at_a_time, count in ((1, 24), (8, 64)):
+        sources = [jpeg(seed + index) for index in range(count)]
+        seed += count
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(at_a_time) as pool:
+            times = sorted(pool.map(lambda source: ask(url, model, source), sources))
+        elapsed = time.perf_counter() - begin
+        result = {"at_a_time": at_a_time, "pictures_per_s": count / elapsed, "ttft_ms_p50": statistics.median(times) * 1e3}
+        print(json.dumps({**result, "ttft_ms_max": times[-1] * 1e3}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("encoder").add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; all if none is given")
+    commands.add_parser("folder").add_argument("folder", type=Path)
+    commands.add_parser("ask").add_argument("url")
+    arguments = parser.parse_args()
+    if arguments.command == "encoder":
+        return measure_encoders(arguments.names or list(CONFIGS))
+    if arguments.command == "folder":
+        write_folder(arguments.folder)
+    else:
+        measure_server(arguments.url.rstrip("/"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

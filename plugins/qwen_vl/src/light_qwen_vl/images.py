@@ -1,0 +1,142 @@
+"""From a picture to the patches that the encoder of Qwen2-VL and later sees, in the order in which it sees them.
+
+Runs in a process without a GPU and gives 8-bit pixels; the encoder normalises them. A picture keeps its shape: its sides
+are rounded to whole units of `merge_size` patches, and it is made smaller or larger only where it has more or fewer
+pixels than are allowed (arXiv 2409.12191, section 2.1). The patches of a unit follow one another, as one token comes of
+them. Qwen2.5-VL attends within windows of units in most layers (arXiv 2502.13923, section 2.1.1); windows stand one after
+the other, and those of one size side by side, so that a batch of windows is a view.
+"""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from light_sdk import RequestError
+
+__all__ = ["MEAN", "STD", "ImageRules", "Run", "fitted_size", "grid", "num_tokens", "preprocess", "unit_order", "window_runs"]
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's, of pixels from 0 to 1."""
+MAX_RATIO = 200
+"""Of the longer side to the shorter one."""
+
+Run = tuple[int, int]
+"""So many sequences, one after the other, of so many patches each."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRules:
+    """How pictures are cut.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        merge_size: patches along a side of a unit, of which one token comes.
+        window: units along a side of a window; None where every patch sees all others in every layer.
+        min_pixels, max_pixels: that a picture has after it has been fitted.
+        resample: Pillow's number of the filter.
+        mean, std: of each channel, of pixels from 0 to 1.
+    """
+
+    patch_size: int
+    merge_size: int
+    window: int | None
+    min_pixels: int
+    max_pixels: int
+    resample: int = 3
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    @property
+    def unit_size(self) -> int:
+        """Side of a unit in pixels."""
+        return self.patch_size * self.merge_size
+
+
+def preprocess(rules: ImageRules, data: bytes) -> dict[str, torch.Tensor]:
+    """The picture in `data` (PPM, or whatever Pillow reads).
+
+    Returns:
+        "patches": uint8 `[T, 3 * patch_size²]`, in the encoder's order; channel by channel, row by row.
+        "places": int32 `[T, 2]`, row and column of each patch in the picture.
+        "units": int32 `[rows, columns]`, for each unit of the picture, how many units come before it in that order.
+
+    Raises:
+        RequestError: one side is more than 200 times as long as the other.
+    """
+    picture: Image.Image = Image.open(io.BytesIO(data))
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it
+    height, width = fitted_size(picture.height, picture.width, rules)
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling(rules.resample)))
+    patch, merge = rules.patch_size, rules.merge_size
+    rows, columns = height // rules.unit_size, width // rules.unit_size
+    order = unit_order(rows, columns, rules.window)
+    units = pixels.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    patches = units.reshape(rows * columns, merge * merge, 3 * patch * patch)[order].reshape(-1, 3 * patch * patch)
+    inner = np.stack(np.divmod(np.arange(merge * merge), merge), -1)
+    places = np.stack(np.divmod(order, columns), -1)[:, None] * merge + inner
+    before = np.empty(rows * columns, np.int32)
+    before[order] = np.arange(rows * columns, dtype=np.int32)
+    return {
+        "patches": torch.from_numpy(patches),
+        "places": torch.from_numpy(places.reshape(-1, 2).astype(np.int32)),
+        "units": torch.from_numpy(before.reshape(rows, columns)),
+    }
+
+
+def num_tokens(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many tokens the picture takes: one a unit."""
+    return tensors["units"].numel()
+
+
+def grid(tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Rows and columns of units."""
+    rows, columns = tensors["units"].shape
+    return rows, columns
+
+
+def fitted_size(height: int, width: int, rules: ImageRules) -> tuple[int, int]:
+    """Height and width that a picture of `height` by `width` is resized to: whole units, within the bounds of pixels.
+
+    Raises:
+        RequestError: one side is more than 200 times as long as the other.
+    """
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise RequestError(f"an image of {width} x {height} pixels is too narrow: one side may be {MAX_RATIO} times the other", "messages")
+    unit = rules.unit_size
+    fitted = round(height / unit) * unit, round(width / unit) * unit
+    if fitted[0] * fitted[1] > rules.max_pixels:
+        shrink = math.sqrt(height * width / rules.max_pixels)
+        return max(unit, math.floor(height / shrink / unit) * unit), max(unit, math.floor(width / shrink / unit) * unit)
+    if fitted[0] * fitted[1] < rules.min_pixels:
+        grow = math.sqrt(rules.min_pixels / (height * width))
+        return math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+    return fitted
+
+
+def unit_order(rows: int, columns: int, window: int | None) -> npt.NDArray[np.int64]:
+    """The units of a picture, `[rows * columns]` indices row by row, in the encoder's order: that of `window_runs`."""
+    units = np.arange(rows * columns)
+    if window is None:
+        return units
+    y, x = np.divmod(units, columns)
+    heights = np.minimum(window, rows - y // window * window)
+    widths = np.minimum(window, columns - x // window * window)
+    return np.lexsort((x, y, x // window, y // window, widths, heights))
+
+
+def window_runs(rows: int, columns: int, rules: ImageRules) -> tuple[Run, ...]:
+    """The windows of a picture of `rows` by `columns` units: those at two edges may be smaller than the others."""
+    if rules.window is None:
+        return ((1, rows * columns * rules.merge_size**2),)
+    downward, across = (
+        [(bool(side % rules.window), side % rules.window), (side // rules.window, rules.window)] for side in (rows, columns)
+    )
+    sizes = ((int(i * j), height * width) for i, height in downward for j, width in across)
+    return tuple((count, num_units * rules.merge_size**2) for count, num_units in sizes if count)
