@@ -12,7 +12,7 @@ from light_sdk.ops.compiled import ELEMENTS, FAST, array, exp, load, store
 
 __all__ = ["act_and_mul"]
 
-MAX_ELEMENTS = 1 << 14  # more are worth torch's threads
+MAX_ELEMENTS = 1 << 17  # more are worth torch's threads
 
 
 def act_and_mul(out_TI: torch.Tensor, x_T2I: torch.Tensor, activation: str) -> None:

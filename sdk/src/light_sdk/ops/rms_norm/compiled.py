@@ -12,7 +12,7 @@ from light_sdk.ops.rms_norm import cpu
 
 __all__ = ["rms_norm"]
 
-MAX_ELEMENTS = 1 << 13  # more are worth torch's threads
+MAX_ELEMENTS = 1 << 18  # twice as fast as torch on two threads up to here; more are worth the threads of larger machines
 
 
 def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> None:
