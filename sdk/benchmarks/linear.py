@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from ops import Case, measure, random, report
 
-from light_sdk.ops.attention.tuning import num_processors
 from light_sdk.ops.gated_linear.kernel import composed, gated_linear
 from light_sdk.ops.linear.kernel import linear
 from light_sdk.ops.linear.small import MAX_TOKENS, RowConfig, TileConfig, row_linear, tile_linear
+from light_sdk.ops.tuning import num_processors
 
 MODELS = {
     "llama-3.1-8b": {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)},

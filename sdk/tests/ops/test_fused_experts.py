@@ -261,14 +261,16 @@ def test_tuned_parameters_are_complete() -> None:
 
 
 def test_parameters_by_shape_and_rows(monkeypatch) -> None:
+    from light_sdk.ops import tuning as shared
     from light_sdk.ops.fused_experts import tuning
 
-    default = tuning._read("default")
+    default = shared.read_configs(tuning.PACKAGE, "default")
     entry = default["any"]["16"] | {"block_m": 256}
     files = {"Own": {"8x64x32": {"16": entry}, "any": {"32": entry}}, "default": default}
-    monkeypatch.setattr(tuning, "_read", lambda name: files.get(name, {}))
+    for module in (shared, tuning):
+        monkeypatch.setattr(module, "read_configs", lambda package, name: files.get(name, {}))
     tuning._experts_config.cache_clear()
-    monkeypatch.setattr(tuning, "_device_name", lambda device: "Own")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "Own")
     blocks = [experts_config(torch.device("cpu"), (8, 64, size), pairs).block_m for size, pairs in ((32, 128), (48, 128), (48, 129))]
     assert blocks == [256, default["any"]["16"]["block_m"], 256]
     tuning._experts_config.cache_clear()

@@ -8,6 +8,9 @@
     rotary_kv    rotary, then write_kv, in one kernel        gated_linear linear, then act_and_mul, in one kernel
     route_experts  which experts a token goes to, top-k      fused_experts  products of sparse feed-forward blocks
 
+What several share: `tuning.py` (launch parameters by GPU), `dependent.py` (kernels that start early), `counters.py`,
+`compiled.py` (numba).
+
 Models never import from here: they ask `model.ops.select("<op>", **facts)` while layers are built. Registered in
 `light_sdk.hooks`. Shapes follow the legend of `light_core.types`.
 """

@@ -23,8 +23,9 @@ import triton.language as tl
 
 from light_core.types import Step
 from light_sdk.ops.attention.prefix import PrefixTiling, prefix_attention, prefix_tiling
-from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, num_processors, prefix_config
+from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, prefix_config
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.tuning import num_processors
 
 __all__ = ["decode_attention"]
 

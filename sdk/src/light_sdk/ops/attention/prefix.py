@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from light_core.types import Step
-from light_sdk.ops.attention.tuning import PrefixConfig, num_processors
+from light_sdk.ops.attention.tuning import PrefixConfig
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.tuning import num_processors
 
 __all__ = ["PrefixTiling", "prefix_attention", "prefix_tiling"]
 

@@ -7,17 +7,15 @@ finds them.
 """
 
 import functools
-import json
-import logging
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 
-__all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "num_processors", "prefill_config", "prefix_config"]
+from light_sdk.ops.tuning import device_name, tuned_parameters
 
-logger = logging.getLogger(__name__)
+__all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config"]
 
+PACKAGE = "light_sdk.ops.attention"
 SMALLEST, LARGEST = 64, 1024
 
 
@@ -80,33 +78,22 @@ class PrefixConfig:
 
 def decode_config(q: torch.Tensor) -> DecodeConfig:
     """Parameters for queries like `q` (`[..., D]`) on its device."""
-    return _decode_config(_device_name(q.device), _head_bytes(q))
+    return _decode_config(device_name(q.device), _head_bytes(q))
 
 
 def prefill_config(q: torch.Tensor) -> PrefillConfig:
     """As `decode_config`, for prefill."""
-    return _prefill_config(_device_name(q.device), _head_bytes(q))
+    return _prefill_config(device_name(q.device), _head_bytes(q))
 
 
 def prefix_config(q: torch.Tensor) -> PrefixConfig:
     """As `decode_config`, for shared prefixes of decodes."""
-    return _prefix_config(_device_name(q.device), _head_bytes(q))
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 1 elsewhere (the interpreter runs programs one by one)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return _prefix_config(device_name(q.device), _head_bytes(q))
 
 
 def _head_bytes(q: torch.Tensor) -> int:
     padded = 1 << (q.shape[-1] - 1).bit_length()
     return min(max(padded * q.element_size(), SMALLEST), LARGEST)
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
 
 
 @functools.cache
@@ -125,16 +112,4 @@ def _prefix_config(name: str, head_bytes: int) -> PrefixConfig:
 
 
 def _parameters(name: str, kind: str, head_bytes: int) -> dict[str, int]:
-    tuned = _read(name).get(kind, {}).get(str(head_bytes))
-    if tuned is None:
-        logger.info("attention %s, %d bytes a head: no tuned parameters for %s, using the default", kind, head_bytes, name)
-        tuned = _read("default")[kind][str(head_bytes)]
-    return tuned
-
-
-@functools.cache
-def _read(name: str) -> dict[str, dict[str, dict[str, int]]]:
-    """The file of GPU `name`, or {} if there is none."""
-    file = resources.files(__package__).joinpath("configs", name.replace(" ", "-").replace("/", "-") + ".json")
-    content: dict[str, dict[str, dict[str, int]]] = json.loads(file.read_text()) if file.is_file() else {}
-    return content
+    return tuned_parameters(PACKAGE, name, (kind, str(head_bytes)), f"attention {kind}, {head_bytes} bytes a head")

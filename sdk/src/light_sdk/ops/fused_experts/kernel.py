@@ -17,12 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from light_sdk.ops.act_and_mul.kernel import act_and_mul
 from light_sdk.ops.activation.reference import canonical_name
-from light_sdk.ops.attention.tuning import num_processors
 from light_sdk.ops.dependent import dependent
 from light_sdk.ops.fused_experts.descriptors import down_descriptor_kernel, up_descriptor_kernel
 from light_sdk.ops.fused_experts.products import down_kernel, sum_kernel, up_kernel
 from light_sdk.ops.fused_experts.sorting import SortedPairs, max_blocks, sort_pairs
 from light_sdk.ops.fused_experts.tuning import ExpertsConfig, TileConfig, experts_config
+from light_sdk.ops.tuning import num_processors
 
 __all__ = ["fused_experts", "run_experts", "sum_experts"]
 

@@ -7,18 +7,16 @@ shape comes from its "any", then from `default.json`, whose tiles fit the smalle
 """
 
 import functools
-import json
-import logging
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
 
+from light_sdk.ops.tuning import device_name, read_configs, tuned_parameters
+
 __all__ = ["AVERAGES", "LOADS", "ExpertsConfig", "TileConfig", "experts_config", "parse_config"]
 
-logger = logging.getLogger(__name__)
-
+PACKAGE = "light_sdk.ops.fused_experts"
 LOADS = ("pointers", "descriptors", "library")
 AVERAGES = (1, 4, 8, 16, 32, 64, 256)
 
@@ -74,7 +72,7 @@ def experts_config(device: torch.device, shape: tuple[int, int, int], num_pairs:
     """Parameters for `num_pairs` pairs and `shape` (experts, hidden size, inner size) on `device`."""
     average = -(-num_pairs // shape[0])
     key = next((str(limit) for limit in AVERAGES if average <= limit), "more")
-    return _experts_config(_device_name(device), "x".join(map(str, shape)), key)
+    return _experts_config(device_name(device), "x".join(map(str, shape)), key)
 
 
 def parse_config(entry: dict[str, Any]) -> ExpertsConfig:
@@ -83,22 +81,6 @@ def parse_config(entry: dict[str, Any]) -> ExpertsConfig:
 
 
 @functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
-
-
-@functools.cache
 def _experts_config(name: str, shape: str, key: str) -> ExpertsConfig:
-    tuned = _read(name).get(shape, {}).get(key) or _read(name).get("any", {}).get(key)
-    if tuned is None:
-        logger.info("fused_experts, %s rows an expert: no tuned parameters for %s, using the default", key, name)
-        tuned = _read("default")["any"][key]
-    return parse_config(tuned)
-
-
-@functools.cache
-def _read(name: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """The file of GPU `name`, or {} if there is none."""
-    file = resources.files(__package__).joinpath("configs", name.replace(" ", "-").replace("/", "-") + ".json")
-    content: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
-    return content
+    own = read_configs(PACKAGE, name).get(shape, {}).get(key)
+    return parse_config(own or tuned_parameters(PACKAGE, name, ("any", key), f"fused_experts, {key} rows an expert"))

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from light_sdk.ops.attention.tuning import num_processors
 from light_sdk.ops.linear.small import MAX_TOKENS, row_linear, tile_linear
 from light_sdk.ops.linear.tuning import row_config, tile_config
+from light_sdk.ops.tuning import num_processors
 
 __all__ = ["linear", "small_linear"]
 

@@ -6,27 +6,26 @@ tokens rounded up to a power of two. A GPU without a file uses that of the H200,
 """
 
 import functools
-import json
-from importlib import resources
 from typing import Any
 
 import torch
 
 from light_sdk.ops.linear.small import RowConfig, TileConfig
+from light_sdk.ops.tuning import device_name, read_configs
 
 __all__ = ["row_config", "tile_config"]
 
-MEASURED = "NVIDIA H200"
+PACKAGE, MEASURED = "light_sdk.ops.linear", "NVIDIA H200"
 
 
 def row_config(weight: torch.Tensor) -> RowConfig:
     """Parameters for one token and this weight."""
-    return _row_config(_device_name(weight.device), weight.shape[0], weight.shape[1])
+    return _row_config(device_name(weight.device), weight.shape[0], weight.shape[1])
 
 
 def tile_config(device: torch.device, num_tokens: int) -> TileConfig:
     """Parameters for so many tokens."""
-    return _tile_config(_device_name(device), max(16, 1 << (num_tokens - 1).bit_length()))
+    return _tile_config(device_name(device), max(16, 1 << (num_tokens - 1).bit_length()))
 
 
 @functools.cache
@@ -40,16 +39,5 @@ def _tile_config(name: str, tokens: int) -> TileConfig:
     return TileConfig(**_read(name)["tile"][str(tokens)])
 
 
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else MEASURED
-
-
-@functools.cache
-def _read(name: str) -> dict[str, dict[str, Any]]:
-    folder = resources.files(__package__).joinpath("configs")
-    file = folder.joinpath(name.replace(" ", "-").replace("/", "-") + ".json")
-    if not file.is_file():
-        file = folder.joinpath(MEASURED.replace(" ", "-") + ".json")
-    content: dict[str, dict[str, Any]] = json.loads(file.read_text())
-    return content
+def _read(name: str) -> dict[str, Any]:
+    return read_configs(PACKAGE, name) or read_configs(PACKAGE, MEASURED)

@@ -6,16 +6,13 @@ compute capability 8.9 (99 KiB). `sdk/benchmarks/mla.py --sweep` finds them.
 """
 
 import functools
-import json
-import logging
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 
-__all__ = ["ROWS", "ProductConfig", "product_config"]
+from light_sdk.ops.tuning import device_name, tuned_parameters
 
-logger = logging.getLogger(__name__)
+__all__ = ["ROWS", "ProductConfig", "product_config"]
 
 ROWS = (16, 64, 256)
 
@@ -41,27 +38,9 @@ class ProductConfig:
 def product_config(device: torch.device, num_rows: int, package: str | None = __package__) -> ProductConfig:
     """Parameters for `num_rows` rows on `device`, from the files of the op in `package`."""
     key = next((str(limit) for limit in ROWS if num_rows <= limit), "more")
-    return _product_config(str(package), _device_name(device), key)
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
+    return _product_config(str(package), device_name(device), key)
 
 
 @functools.cache
 def _product_config(package: str, name: str, key: str) -> ProductConfig:
-    tuned = _read(package, name).get(key)
-    if tuned is None:
-        op = package.rpartition(".")[2]
-        logger.info("%s, %s rows: no tuned parameters for %s, using the default", op, key, name)
-        tuned = _read(package, "default")[key]
-    return ProductConfig(**tuned)
-
-
-@functools.cache
-def _read(package: str, name: str) -> dict[str, dict[str, int]]:
-    """The file of GPU `name`, or {} if there is none."""
-    file = resources.files(package).joinpath("configs", name.replace(" ", "-").replace("/", "-") + ".json")
-    content: dict[str, dict[str, int]] = json.loads(file.read_text()) if file.is_file() else {}
-    return content
+    return ProductConfig(**tuned_parameters(package, name, (key,), f"{package.rpartition('.')[2]}, {key} rows"))

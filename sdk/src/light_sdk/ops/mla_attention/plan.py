@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from light_core.types import Step
-from light_sdk.ops.mla_attention.tuning import DecodeConfig, num_processors
+from light_sdk.ops.mla_attention.tuning import DecodeConfig
+from light_sdk.ops.tuning import num_processors
 
 __all__ = ["DecodePlan", "plan_decodes"]
 

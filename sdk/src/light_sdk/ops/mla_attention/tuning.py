@@ -7,17 +7,15 @@ shared memory of compute capability 8 (99 KiB); what a GPU's own file lacks come
 """
 
 import functools
-import json
-import logging
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 
-__all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "num_processors", "prefill_config"]
+from light_sdk.ops.tuning import device_name, tuned_parameters
 
-logger = logging.getLogger(__name__)
+__all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "prefill_config"]
 
+PACKAGE = "light_sdk.ops.mla_attention"
 FEWEST_HEADS, MOST_HEADS = 16, 128
 
 
@@ -61,23 +59,12 @@ class PrefillConfig:
 def decode_config(q_THD: torch.Tensor) -> DecodeConfig:
     """Parameters for queries like `q_THD` on its device."""
     heads = min(max(1 << (q_THD.shape[1] - 1).bit_length(), FEWEST_HEADS), MOST_HEADS)
-    return _decode_config(_device_name(q_THD.device), f"{heads}x{q_THD.element_size()}")
+    return _decode_config(device_name(q_THD.device), f"{heads}x{q_THD.element_size()}")
 
 
 def prefill_config(q_THD: torch.Tensor) -> PrefillConfig:
     """As `decode_config`, for prefill."""
-    return _prefill_config(_device_name(q_THD.device), str(q_THD.element_size()))
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 1 elsewhere (the interpreter runs programs one by one)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
+    return _prefill_config(device_name(q_THD.device), str(q_THD.element_size()))
 
 
 @functools.cache
@@ -91,16 +78,4 @@ def _prefill_config(name: str, key: str) -> PrefillConfig:
 
 
 def _parameters(name: str, kind: str, key: str) -> dict[str, int]:
-    tuned = _read(name).get(kind, {}).get(key)
-    if tuned is None:
-        logger.info("mla_attention %s %s: no tuned parameters for %s, using the default", kind, key, name)
-        tuned = _read("default")[kind][key]
-    return tuned
-
-
-@functools.cache
-def _read(name: str) -> dict[str, dict[str, dict[str, int]]]:
-    """The file of GPU `name`, or {} if there is none."""
-    file = resources.files(__package__).joinpath("configs", name.replace(" ", "-").replace("/", "-") + ".json")
-    content: dict[str, dict[str, dict[str, int]]] = json.loads(file.read_text()) if file.is_file() else {}
-    return content
+    return tuned_parameters(PACKAGE, name, (kind, key), f"mla_attention {kind} {key}")
