@@ -76,7 +76,9 @@ class Engine:
         for choice in self.kernels:
             logger.info("kernel %s", choice)
         self.media = self._create_media()
-        self.runner = ModelRunner(self.runtime, sampler, use_graphs=not config.enforce_eager, media=self.media)
+        self.runner = ModelRunner(
+            self.runtime, sampler, not config.enforce_eager, groups_decodes=config.enable_prefix_caching, media=self.media
+        )
         num_slots = self._size_pool()
         for share in self.runner.capture():
             self._progress("graphs", share)
@@ -254,9 +256,9 @@ class Engine:
         return updates
 
     def _refuse(self, request_id: int, reason: str) -> TokenUpdate:
-        """Ends a request that the sampler had no memory for."""
+        """Ends a request that the sampler or an encoder could not take, with `reason`."""
         update = self.scheduler.abort(request_id, "error")
-        assert update is not None, "a request that has just been planned is live"
+        assert update is not None, "what was planned or added just now is live"
         update.error = reason
         if self.media is not None:
             self.media.release(request_id)

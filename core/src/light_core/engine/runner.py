@@ -60,14 +60,18 @@ class ModelRunner:
         runtime: what `bind` gave, with weights loaded.
         sampler: for `max_num_seqs` rows.
         use_graphs: capture CUDA graphs for decodes.
+        groups_decodes: whether plans may have `shared_prefixes`; without, the graphs have no kernel for them.
         media: the model's encoders at work; None for a model without.
     """
 
-    def __init__(self, runtime: ModelRuntime, sampler: Sampler, use_graphs: bool, media: EngineMedia | None = None) -> None:
+    def __init__(
+        self, runtime: ModelRuntime, sampler: Sampler, use_graphs: bool, groups_decodes: bool, media: EngineMedia | None = None
+    ) -> None:
         self.runtime, self.sampler, self.media = runtime, sampler, media
         self.device = torch.device(runtime.model.device)
         self.limits = limits = runtime.model.limits
         self._use_graphs = use_graphs and self.device.type == "cuda"
+        self._groups_decodes = groups_decodes
         tokens, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
         self._staging = Staging(
             {
@@ -200,8 +204,8 @@ class ModelRunner:
             max_query_len=1,
             max_seq_len=self.limits.max_model_len,
             prompt_lens=view("prompt_lens", size),
-            # So few decodes are never grouped, and their graphs do without a kernel for it.
-            shared_prefixes=self._shared_prefixes(size) if size >= MIN_MEMBERS else None,
+            # Fewer decodes are never grouped either.
+            shared_prefixes=self._shared_prefixes(size) if self._groups_decodes and size >= MIN_MEMBERS else None,
             media_positions=None if self._axes is None else self._axes.of_decodes(rows, positions),
         )
 
