@@ -34,7 +34,8 @@ def test_what_is_sent(server: Any) -> None:
 
 
 def test_a_sweep(server: Any, tmp_path: Path, look_at: Callable[[Path], tuple[int, int]]) -> None:
-    server.first_s = 0.03
+    # Gaps of a size that no pause of the machine closes: two tokens in one read would be 0 ms apart.
+    server.first_s, server.gap_s = 0.03, 0.005
     written, plot = tmp_path / "results.json", tmp_path / "plot.png"
     sizes = (
         "--num-prompts",
