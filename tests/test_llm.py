@@ -276,6 +276,25 @@ def test_n_and_seed(llm: LLM) -> None:
     assert len({tuple(tokens) for tokens in first}) == 4, "n outputs differ"
 
 
+def test_those_that_may_run_longest_begin_first(llama: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine(llama[0], max_num_seqs=1)
+    step, ended = llm.engine.step, []
+
+    def noted() -> Any:
+        updates = step()
+        ended.extend(update.request_id for update in updates if update.finish_reason is not None)
+        return updates
+
+    monkeypatch.setattr(llm.engine, "step", noted)
+    lengths = [2, 9, 5, 9, 2]
+    given = prompts(5, seed=4)
+    params = [GREEDY.replace(max_tokens=length) for length in lengths]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in given], params, use_tqdm=False)
+    assert [index - min(ended) for index in ended] == [1, 3, 2, 0, 4], "and otherwise in the order given"
+    assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+    assert [output.prompt_token_ids for output in outputs] == given, "the results come in the order of the prompts"
+
+
 def test_stop_strings_tokens_and_lengths(llm: LLM) -> None:
     prompt = {"prompt_token_ids": prompts(1)[0]}
     free = llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0]

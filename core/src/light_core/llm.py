@@ -4,6 +4,7 @@ Not here: the server (`light serve`), which runs the same engine in a process of
 """
 
 import functools
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -191,13 +192,19 @@ class LLM:
         self, prompts: "Sequence[_Prompt]", params: SamplingParams | Sequence[SamplingParams] | None, use_tqdm: bool
     ) -> list[RequestOutput]:
         results, live = [], {}
+        requests: list[EngineRequest] = []
         try:
             for prompt, wanted in zip(prompts, _one_each(params, len(prompts))):
                 result = RequestOutput(str(next(self._prompts)), prompt.text, self._token_array(prompt.token_ids).tolist(), [])
                 results.append(result)
                 for index in range(wanted.n):
-                    request_id, sequence = self._submit(result, index, wanted, prompt.media)
-                    live[request_id] = sequence
+                    request, sequence = self._create(result, index, wanted, prompt.media)
+                    live[request.request_id] = sequence
+                    requests.append(request)
+            # Nobody waits for one of them alone. Those that may run longest begin first, so that no few of them are left
+            # at the end, in steps that read all weights for little.
+            for request in sorted(requests, key=_most_tokens, reverse=True):
+                self.engine.add(request)
             with _interrupts_between_steps() as check:
                 self._run(live, use_tqdm, check)
         except BaseException:
@@ -302,7 +309,9 @@ class LLM:
         spans = [MediaSpan(start, item.mark.num_tokens, item.encoder, item.grid) for item, start in zip(items, starts, strict=True)]
         return _Prompt(text, token_ids, tuple(MediaItem(span, item.key, item.tensors) for span, item in zip(spans, items, strict=True)))
 
-    def _submit(self, result: RequestOutput, index: int, params: SamplingParams, media: tuple[MediaItem, ...]) -> tuple[int, _Sequence]:
+    def _create(
+        self, result: RequestOutput, index: int, params: SamplingParams, media: tuple[MediaItem, ...]
+    ) -> tuple[EngineRequest, _Sequence]:
         prompt, output = np.asarray(result.prompt_token_ids, np.int32), CompletionOutput(index)
         if self.tokenizer is None and params.stop_strings:
             raise RequestError("stop strings need a tokenizer: use stop_token_ids", "stop")
@@ -326,9 +335,8 @@ class LLM:
             seed=seed,
             media=media,
         )
-        self.engine.add(request)
         result.outputs.append(output)
-        return request.request_id, _Sequence(result, output, params, decoder)
+        return request, _Sequence(result, output, params, decoder)
 
     def _token_array(self, token_ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         try:
@@ -409,6 +417,11 @@ def _listed(values: Any, name: str) -> list[Any]:
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise RequestError(f"{name} must be a list, got {values!r:.50}", name)
     return list(values)
+
+
+def _most_tokens(request: EngineRequest) -> float:
+    """How many tokens `request` may generate."""
+    return math.inf if request.params.max_tokens is None else request.params.max_tokens
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -4,6 +4,8 @@ Experts are compared by integers that order as the numbers do and carry the expe
 of equals the lower expert wins, and every round finds another one, whatever the logits are.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ import triton.language as tl
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.route_experts.reference import LEAST_SUM, Routing
 
-__all__ = ["route_experts"]
+__all__ = ["choice_arguments", "route_experts", "store_choice"]
 
 LEAST = tl.constexpr(LEAST_SUM)
 NONE = tl.constexpr(-(2**63))
@@ -37,13 +39,13 @@ def _value(key: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _route_kernel(
+def store_choice(
     weights_ptr: tl.tensor,
     ids_ptr: tl.tensor,
-    logits_ptr: tl.tensor,
+    logits: tl.tensor,
     bias_ptr: tl.tensor,
+    t: tl.tensor,
     num_tokens: tl.tensor,
-    logits_stride_t: tl.tensor,
     scale: tl.tensor,
     NUM_GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -57,18 +59,12 @@ def _route_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ) -> None:
-    """Tensors are `[tokens, groups, experts of a group]`."""
-    release(DEPENDENT)
-    wait(DEPENDENT)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Chooses and stores the experts of the tokens `t`, given float32 `[tokens, groups, experts of a group]`."""
     group, member = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_X)
     index = group[:, None] * GROUP_SIZE + member[None, :]
     inside = ((group < NUM_GROUPS)[:, None] & (member < GROUP_SIZE)[None, :])[None, :, :]
-    rows = logits_ptr + t.to(tl.int64)[:, None, None] * logits_stride_t
     t_mask = t < num_tokens
-    logits = tl.load(rows + index[None, :, :], mask=inside & t_mask[:, None, None], other=0.0).to(tl.float32)
     if SIGMOID:
         scores = tl.sigmoid(logits)
     else:
@@ -111,6 +107,63 @@ def _route_kernel(
     tl.store(ids_ptr + places, ids, mask=mask)
 
 
+@triton.jit
+def _route_kernel(
+    weights_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    logits_stride_t: tl.tensor,
+    scale: tl.tensor,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    TOP2_SUM: tl.constexpr,
+    BIASED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> None:
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    group, member = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_X)
+    index = group[:, None] * GROUP_SIZE + member[None, :]
+    mask = ((group < NUM_GROUPS)[:, None] & (member < GROUP_SIZE)[None, :])[None, :, :] & (t < num_tokens)[:, None, None]
+    rows = logits_ptr + t.to(tl.int64)[:, None, None] * logits_stride_t
+    logits = tl.load(rows + index[None, :, :], mask=mask, other=0.0).to(tl.float32)
+    # fmt: off
+    store_choice(
+        weights_ptr, ids_ptr, logits, bias_ptr, t, num_tokens, scale, NUM_GROUPS, GROUP_SIZE, TOP_K, TOP_GROUPS, SIGMOID, TOP2_SUM,
+        BIASED, RENORMALIZE, BLOCK_T, BLOCK_G, BLOCK_X, BLOCK_K,
+    )
+    # fmt: on
+
+
+def choice_arguments(routing: Routing) -> dict[str, Any]:
+    """What `store_choice` is compiled for, but for the tokens of a program."""
+    group_size = routing.num_experts // routing.num_groups
+    return {
+        "NUM_GROUPS": routing.num_groups,
+        "GROUP_SIZE": group_size,
+        "TOP_K": routing.top_k,
+        "TOP_GROUPS": routing.top_groups,
+        "SIGMOID": routing.scoring == "sigmoid",
+        "TOP2_SUM": routing.group_rule == "top2_sum",
+        "BIASED": routing.biased,
+        "RENORMALIZE": routing.renormalize,
+        "BLOCK_G": triton.next_power_of_2(routing.num_groups),
+        "BLOCK_X": triton.next_power_of_2(group_size),
+        "BLOCK_K": triton.next_power_of_2(routing.top_k),
+    }
+
+
 def route_experts(
     weights_Tk: torch.Tensor, ids_Tk: torch.Tensor, logits_TX: torch.Tensor, routing: Routing, bias_X: torch.Tensor | None = None
 ) -> None:
@@ -120,9 +173,9 @@ def route_experts(
         return
     assert weights_Tk.is_contiguous() and ids_Tk.is_contiguous() and logits_TX.stride(1) == 1
     assert num_experts == routing.num_experts and (bias_X is not None) == routing.biased
-    block_g = triton.next_power_of_2(routing.num_groups)
-    block_x = triton.next_power_of_2(num_experts // routing.num_groups)
-    block_t = max(1, min(8, MAX_ELEMENTS // (block_g * block_x), triton.next_power_of_2(num_tokens)))
+    arguments = choice_arguments(routing)
+    elements = arguments["BLOCK_G"] * arguments["BLOCK_X"]
+    block_t = max(1, min(8, MAX_ELEMENTS // elements, triton.next_power_of_2(num_tokens)))
     _route_kernel[(triton.cdiv(num_tokens, block_t),)](
         weights_Tk,
         ids_Tk,
@@ -131,18 +184,8 @@ def route_experts(
         num_tokens,
         logits_TX.stride(0),
         float(routing.scale),
-        NUM_GROUPS=routing.num_groups,
-        GROUP_SIZE=num_experts // routing.num_groups,
-        TOP_K=routing.top_k,
-        TOP_GROUPS=routing.top_groups,
-        SIGMOID=routing.scoring == "sigmoid",
-        TOP2_SUM=routing.group_rule == "top2_sum",
-        BIASED=routing.biased,
-        RENORMALIZE=routing.renormalize,
         BLOCK_T=block_t,
-        BLOCK_G=block_g,
-        BLOCK_X=block_x,
-        BLOCK_K=triton.next_power_of_2(routing.top_k),
-        num_warps=max(1, min(8, block_t * block_g * block_x // 128)),
+        num_warps=max(1, min(8, block_t * elements // 128)),
+        **arguments,
         **dependent(logits_TX.device),
     )
