@@ -59,7 +59,8 @@ class Attention(nn.Module):
         values = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=model.device)
         self.register_buffer("slopes", values, persistent=False)
         self.rotary = rotary
-        self._write_kv = model.ops.select("write_kv", num_kv_heads=num_kv_heads, head_dim=head_dim)
+        if rotary is None:
+            self._write_kv = model.ops.select("write_kv", num_kv_heads=num_kv_heads, head_dim=head_dim)
         self._attention = model.ops.select(
             "attention", num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, alibi=slopes is not None, window=window
         )
