@@ -147,7 +147,7 @@ class LLM:
             **options,
         )
         with _WeightsBar() as bar:
-            self.engine: Engine = Engine(self.config, progress=bar)
+            self.engine: Engine = Engine(self.config, progress=bar, paced=True)
         self.tokenizer = None if skip_tokenizer_init else self._load_tokenizer()
         self._chat = self.engine.chat_spec()
         encoders = self.engine.runtime.media_encoders
@@ -201,8 +201,7 @@ class LLM:
                     request, sequence = self._create(result, index, wanted, prompt.media)
                     live[request.request_id] = sequence
                     requests.append(request)
-            # Nobody waits for one of them alone. Those that may run longest begin first, so that no few of them are left
-            # at the end, in steps that read all weights for little.
+            # Nobody waits for one of them alone: the longest outputs begin first, as the engine's pacing wants them.
             for request in sorted(requests, key=_most_tokens, reverse=True):
                 self.engine.add(request)
             with _interrupts_between_steps() as check:

@@ -15,7 +15,7 @@ import pytest
 
 from light_core.engine.requests import EngineRequest, TokenUpdate
 from light_core.sampling_params import SamplingParams
-from light_core.scheduler import Scheduler, StepPlan, sharing
+from light_core.scheduler import Scheduler, StepPlan, pacing, sharing
 
 MASK = 2**64 - 1
 VOCAB = 40
@@ -71,7 +71,7 @@ class Expected:
         contexts = np.maximum(np.arange(1, len(hashes) + 1), prompt_len)
         self.contexts = np.where(contexts > max_shared_len, contexts, 0)
         self.prompt_len, self.request, self.got, self.first = prompt_len, request, 0, True
-        self.scored = 0
+        self.scored, self.limit = 0, limit
         self.reason = "length" if stop is None else "stop"
         self.num_tokens = len(self.tokens) if stop is None else stop + 1
 
@@ -162,6 +162,7 @@ class Case:
     depth: int
     caching: bool = True
     max_shared_len: int | None = None
+    paced: bool = False
     abort: float = 0.02
     error: float = 0.01
     max_live: int = 24
@@ -180,6 +181,7 @@ class Driver:
             max_model_len=case.max_len,
             enable_prefix_caching=case.caching,
             max_shared_len=case.max_shared_len,
+            paced=case.paced,
         )
         self.max_shared_len = case.max_len if case.max_shared_len is None else case.max_shared_len
         self.device = Device(case.num_slots, case.max_num_seqs, case.max_len, self.max_shared_len)
@@ -290,6 +292,8 @@ class Driver:
         scheduler = self.scheduler
         rows, stats = scheduler.rows, scheduler.stats()
         assert stats.num_requests_running == rows.active.sum() and stats.num_requests_waiting == len(self.live) - rows.active.sum()
+        waiting = set(self.live) - {scheduler._records[row].request.request_id for row in np.flatnonzero(rows.active)}
+        assert scheduler._waiting.tokens == sum(self.live[request_id].limit for request_id in waiting)
         scheduler.pool.check()
         held = [rows.slots[row, rows.tree_len[row] : rows.computed[row]] for row in np.flatnonzero(rows.active)]
         if scheduler.tree is not None:
@@ -331,12 +335,12 @@ class Driver:
 
 
 CASES = {
-    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, steps=80_000),
+    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, paced=True, steps=80_000),
     "tight": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1),
     "tight-sync": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=0),
     "tiny": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=1),
     "tiny-sync": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=0),
-    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3),
+    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3, paced=True),
     "no-cache": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1, caching=False),
     "length-bound-kv": Case(num_slots=120, max_num_seqs=12, budget=24, max_len=60, depth=1, max_shared_len=18),
     "one-row": Case(num_slots=70, max_num_seqs=1, budget=5, max_len=50, depth=1),
@@ -345,10 +349,11 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the short prefixes of these cases count as shared."""
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the short prefixes of these cases count as shared, and their small steps as large enough."""
     for name, value in (("MIN_MEMBERS", 2), ("MIN_SHARED_LEN", 3), ("MIN_SAVED", 3)):
         monkeypatch.setattr(sharing, name, value)
+    monkeypatch.setattr(pacing, "MULTIPLE", 2)
 
 
 def drive(name: str, seeds: range, steps: int) -> None:

@@ -52,12 +52,15 @@ class Engine:
         config: what to load.
         refs: plugins that another process resolved; None resolves them here.
         progress: told the phase ("plugins", "weights", "memory", "graphs") and its share done, 0 to 1.
+        paced: only the end of the last request counts, and they are added longest outputs first, as offline.
 
     Raises:
         LightError: the model cannot be served here.
     """
 
-    def __init__(self, config: EngineConfig, refs: Sequence[PluginRef] | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, refs: Sequence[PluginRef] | None = None, progress: Progress | None = None, paced: bool = False
+    ) -> None:
         began = time.perf_counter()
         self.config, self._progress = config, progress or (lambda phase, share: None)
         self._progress("plugins", 0.0)
@@ -89,6 +92,7 @@ class Engine:
             max_model_len=resolved.limits.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             max_shared_len=self.runtime.kv_layout.max_shared_len,
+            paced=paced,
         )
         ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
         self._depth = 1 if ahead else 0

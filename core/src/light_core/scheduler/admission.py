@@ -79,13 +79,8 @@ class Admission:
 
     def _growth(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Slots that each row will need beyond those of `_held`."""
-        rows = self._rows
-        total = rows.total[index]
-        remaining = self._lengths.remaining(
-            total - rows.prompt_len[index], rows.limit[index] - total, rows.exact[index], rows.open_ended[index], rows.quantile[index]
-        )
         # The last token's KV is never written: a prefill's first sample needs no slot until it is fed.
-        return remaining - ~rows.decoding[index]
+        return self._lengths.of_rows(self._rows, index) - ~self._rows.decoding[index]
 
     def _held(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Slots of each row that leave with it, and those that its prefill still needs."""

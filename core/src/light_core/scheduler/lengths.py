@@ -5,13 +5,15 @@ is drawn from the recent history of output lengths, given that it is longer than
 each request draws its quantile once (see `light_core.scheduler.rows`) and keeps it, where the paper draws anew each
 time: the sum over requests has the same distribution and does not flicker from step to step.
 
-Caller: admission. Not here: what is done with the estimate.
+Callers: admission and pacing. Not here: what is done with the estimate.
 """
 
 from collections import deque
 
 import numpy as np
 import numpy.typing as npt
+
+from light_core.scheduler.rows import Rows
 
 __all__ = ["LengthEstimator"]
 
@@ -40,6 +42,11 @@ class LengthEstimator:
         """Adds the output length of a request that came to its end (not one that was aborted)."""
         self._lengths.append(length)
         self._stale = True
+
+    def of_rows(self, rows: Rows, index: npt.NDArray[np.int64]) -> Ints:
+        """Tokens that the requests in rows `index` are expected to generate beyond those that are planned, int64 [n]."""
+        generated, left = rows.total[index] - rows.prompt_len[index], rows.limit[index] - rows.total[index]
+        return self.remaining(generated, left, rows.exact[index], rows.open_ended[index], rows.quantile[index])
 
     def remaining(
         self,

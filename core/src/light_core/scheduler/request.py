@@ -54,6 +54,16 @@ class ScheduledRequest:
         """Whether nothing but its length can end it."""
         return not self.request.stop_token_ids and not self.request.params.stop_strings
 
+    @property
+    def max_left(self) -> int:
+        """Output tokens that it may have yet, while it waits."""
+        return self.max_tokens - len(self.outputs)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of its prompt, and of all the output that it may have."""
+        return len(self.request.prompt) + self.max_tokens
+
     def known_tokens(self) -> npt.NDArray[np.int32]:
         """Prompt and `outputs`, int32."""
         if not self.outputs:

@@ -11,7 +11,7 @@ leads back to the head of waiting. Not here: the device, sampling, text. Caller:
 
 import time
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -23,10 +23,12 @@ from light_core.kv.pool import SlotPool
 from light_core.kv.radix import RadixCache
 from light_core.scheduler.admission import Admission
 from light_core.scheduler.lengths import LengthEstimator
+from light_core.scheduler.pacing import paced_budget
 from light_core.scheduler.plan import Admitted, Chunk, StepPlan, create_plan
 from light_core.scheduler.request import ScheduledRequest, max_output_len
 from light_core.scheduler.rows import Rows
 from light_core.scheduler.sharing import PrefixGroups
+from light_core.scheduler.waiting import WaitingQueue
 
 __all__ = ["Scheduler"]
 
@@ -41,6 +43,7 @@ class Scheduler:
         max_model_len: prompt and output of a request.
         enable_prefix_caching: keep KV in a radix tree and share it.
         max_shared_len: `KVLayout.max_shared_len`.
+        paced: only the end of the last request counts (`pacing.py`); they are added longest outputs first.
         clock: monotonic, in seconds.
     """
 
@@ -53,13 +56,14 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         max_shared_len: int | None = None,
+        paced: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Every running request must be able to have a token in every step.
         num_rows = min(max_num_seqs, max_num_batched_tokens)
         self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
         self.max_shared_len = max_model_len if max_shared_len is None else max_shared_len
-        self._clock = clock
+        self._paced, self._clock = paced, clock
         self.pool = SlotPool(num_slots)
         self.tree = RadixCache(num_rows) if enable_prefix_caching else None
         self.rows = Rows(num_rows, max_model_len)
@@ -69,8 +73,8 @@ class Scheduler:
         self._groups = None if self.tree is None else PrefixGroups(self.tree, self.rows, self._records)
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._live: dict[int, ScheduledRequest] = {}
-        # By request id. First come first served: every waiting request came later than every running one.
-        self._waiting: OrderedDict[int, ScheduledRequest] = OrderedDict()
+        # Every waiting request came later than every running one.
+        self._waiting = WaitingQueue()
         # Nobody is admitted behind an unfinished prefill: it is one at most, and the newest of the running requests. So
         # memory that it lacks is held by older ones, which end, and it is the first to give way to them.
         self._prefilling: ScheduledRequest | None = None
@@ -94,7 +98,8 @@ class Scheduler:
         max_tokens = self.check(request)
         record = ScheduledRequest(request, self._next_arrival, max_tokens, added_s=self._clock())
         self._next_arrival += 1
-        self._live[request.request_id] = self._waiting[request.request_id] = record
+        self._live[request.request_id] = record
+        self._waiting.add(record)
 
     def check(self, request: EngineRequest) -> int:
         """How many tokens `request` may generate, if `add` would take it; raises as that."""
@@ -174,7 +179,10 @@ class Scheduler:
         Every plan must be run, and committed in the same order. Does not block; about 0.1 ms for 256 decodes.
         """
         decodes = self._plan_decodes()
-        chunks = self._plan_prefills(self.max_num_batched_tokens - len(decodes))
+        budget = self.max_num_batched_tokens
+        if self._paced:
+            budget = paced_budget(self.rows, self._waiting, self.lengths, budget)
+        chunks = self._plan_prefills(budget - len(decodes))
         if len(decodes) == 0 and not chunks:
             return None
         plan = create_plan(self.rows, self._records, decodes, chunks)
@@ -236,12 +244,12 @@ class Scheduler:
 
     def _admit_head(self) -> ScheduledRequest | None:
         """Gives a row to the first waiting request, if it fits; else None."""
-        if not self._waiting or not self._free_rows:
+        if not len(self._waiting) or not self._free_rows:
             return None
         is_idle = not self.rows.active.any()
         if self._is_full and not is_idle:
             return None
-        record = next(iter(self._waiting.values()))
+        record = self._waiting.head
         if record.in_flight:
             return None
         row = self._free_rows[-1]
@@ -271,7 +279,7 @@ class Scheduler:
     def _activate(self, record: ScheduledRequest, known: npt.NDArray[np.int32], cached: npt.NDArray[np.int32]) -> None:
         """Makes a request that fits a running one; `cached` are the slots of its cached prefix."""
         rows, row = self.rows, self._free_rows.pop()
-        self._waiting.popitem(last=False)
+        self._waiting.remove(record)
         rows.tokens[row, : len(known)] = known
         rows.slots[row, : len(cached)] = cached
         rows.active[row] = True
@@ -357,8 +365,7 @@ class Scheduler:
         record.outputs = rows.tokens[row, rows.prompt_len[row] : known].tolist()
         record.in_flight = int(rows.total[row]) - known
         self._release_row(record, keep_kv=True)
-        self._waiting[record.request.request_id] = record
-        self._waiting.move_to_end(record.request.request_id, last=False)
+        self._waiting.add(record, at_head=True)
         self._is_full = True
         self._stats.preemptions += 1
 
@@ -399,7 +406,7 @@ class Scheduler:
             self._release_row(record, keep_kv=reason != "error")
         else:
             generated = len(record.outputs)
-            del self._waiting[request_id]
+            self._waiting.remove(record)
             self._is_full = False  # another request may be the head now
         if reason in ("stop", "length") and not record.exact:
             self.lengths.record(generated)
