@@ -11,7 +11,8 @@ from light_core.errors import ConfigError
 from light_core.ops import KernelRegistry, Machine, OpTable
 from light_core.types import Family, Limits, ModelContext
 from light_sdk import hooks
-from light_sdk.layers import Experts, GatedMLP, MoE, Router, Routing
+from light_sdk.layers import Experts, GatedMLP, Linear, MoE, Router, Routing
+from light_sdk.ops.fused_experts.reference import fused_experts
 
 ROUTING = Routing(5, 2, renormalize=True)
 
@@ -93,3 +94,40 @@ def test_precision_of_routers(exact: bool) -> None:
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32
     assert torch.equal(ids.long(), (scores + router.bias).topk(2).indices)
     torch.testing.assert_close(weights, scores.gather(1, ids.long()), rtol=1e-6, atol=1e-7)
+
+
+class Recording:
+    """An implementation of `fused_experts` that takes shared experts and notes who came with one."""
+
+    merges_shared = True
+
+    def __init__(self) -> None:
+        self.shared: list[bool] = []
+
+    def __call__(self, *arguments: Any) -> None:
+        self.shared.append(len(arguments) == 8)
+        fused_experts(*arguments)
+
+
+@pytest.mark.parametrize("shared_gate", [False, True])
+def test_shared_expert_is_merged(shared_gate: bool) -> None:
+    """Where the op takes it the result is the same; modules of another kind, or with another activation, stay apart."""
+
+    class Adapted(Linear):
+        """As a wrapper might put into the place of a product."""
+
+    model = context()
+    block = filled(MoE(model, 16, ROUTING, Experts(model, 16, 24, 5, "silu"), GatedMLP(model, 16, 20, "silu"), shared_gate))
+    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
+    expected = block(x)
+    block.experts._fused_experts = recording = Recording()
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+    adapted = Adapted(model, 20, 16)
+    adapted.weight = block.shared.down.weight
+    block.shared.down = adapted
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+    block.shared = filled(GatedMLP(model, 16, 20, "silu", bias=True))
+    block(x)
+    block.shared = filled(GatedMLP(model, 16, 20, "gelu"))
+    block(x)
+    assert recording.shared == [True, False, False, False]

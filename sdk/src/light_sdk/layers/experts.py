@@ -3,14 +3,17 @@
 `MoE` is the whole block. `Experts` is its middle, for a family whose router or shared experts are of another kind.
 """
 
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from light_core.types import ModelContext
-from light_sdk.layers.linear import Linear
+from light_sdk.layers.linear import Linear, MergedLinear
+from light_sdk.layers.mlp import GatedMLP
 from light_sdk.layers.norm import parameter
 from light_sdk.ops.activation.reference import canonical_name
+from light_sdk.ops.fused_experts.reference import SharedExpert
 from light_sdk.ops.route_experts.reference import Routing
 
 __all__ = ["Experts", "MoE", "Router", "Routing"]
@@ -35,16 +38,13 @@ class Router(nn.Module):
         for kept in (self.weight if exact else None, self.bias):
             if kept is not None:
                 kept.data = kept.data.float()
-        # Ops are chosen for the model's dtype, which is not an exact router's.
-        self._linear = F.linear if exact else model.ops.select("linear", in_features=hidden_size, out_features=routing.num_experts)
-        self._route = model.ops.select("route_experts", **routing.facts())
+        self._route = model.ops.select("route_tokens", hidden_size=hidden_size, exact=exact, **routing.facts())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[T, E]` to new weights, float32 `[T, k]`, and experts, int32 `[T, k]`."""
-        logits = self._linear(x.float() if self.exact else x, self.weight)
         weights = torch.empty((x.shape[0], self.routing.top_k), dtype=torch.float32, device=x.device)
         ids = torch.empty_like(weights, dtype=torch.int32)
-        self._route(weights, ids, logits, self.routing, self.bias)
+        self._route(weights, ids, x, self.weight, self.routing, self.bias)
         return weights, ids
 
 
@@ -77,17 +77,31 @@ class Experts(nn.Module):
             activation=self.activation,
         )
 
+    @property
+    def merges_shared(self) -> bool:
+        """Whether there is `with_shared`: what the op was chosen for computes a shared expert too."""
+        return bool(getattr(self._fused_experts, "merges_shared", False))
+
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """`[T, E]`, with the weights and experts of a router, to a new `[T, E]`."""
+        return self._sum(x, weights, ids)
+
+    def with_shared(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, shared: SharedExpert) -> torch.Tensor:
+        """As `forward`, with the result of an expert that every token goes through added. Only where `merges_shared`."""
+        return self._sum(x, weights, ids, shared)
+
+    def _sum(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *shared: SharedExpert) -> torch.Tensor:
         out = torch.empty_like(x)
         gate_up_XIE = self.gate_up.view(self.num_experts, -1, self.gate_up.shape[1])
         down_XEI = self.down.view(self.num_experts, -1, self.down.shape[1])
-        self._fused_experts(out, x, gate_up_XIE, down_XEI, weights, ids, self.activation)
+        self._fused_experts(out, x, gate_up_XIE, down_XEI, weights, ids, self.activation, *shared)
         return out
 
 
 class MoE(nn.Module):
     """Router, experts and, where there is one, a shared expert that every token goes through.
+
+    Where the op of the experts can, it computes a plain shared expert too, which saves a step of few tokens several launches.
 
     Parameters: "router.…", "experts.…", "shared.…" and "shared_gate.weight" `[1, E]`.
 
@@ -119,8 +133,27 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, E]` to a new `[T, E]`."""
-        out: torch.Tensor = self.experts(x, *self.router(x))
-        if self.shared is not None:
-            shared = self.shared(x)
-            out.add_(shared if self.shared_gate is None else shared.mul_(self.shared_gate(x).sigmoid_()))
+        weights, ids = self.router(x)
+        if self.shared is None:
+            out: torch.Tensor = self.experts(x, weights, ids)
+            return out
+        scale = None if self.shared_gate is None else self.shared_gate(x).sigmoid_()
+        merged = self._merged(scale)
+        if merged is not None:
+            return cast(Experts, self.experts).with_shared(x, weights, ids, merged)
+        out, shared = self.experts(x, weights, ids), self.shared(x)
+        out.add_(shared if scale is None else shared.mul_(scale))
         return out
+
+    def _merged(self, scale: torch.Tensor | None) -> SharedExpert | None:
+        """The shared expert as the experts' op takes it, or None where it is computed apart.
+
+        Plain modules alone are merged: what stands in the place of one (a quantiser's, or LoRA's) has a `forward` of its own.
+        """
+        shared, experts = self.shared, self.experts
+        if type(shared) is not GatedMLP or type(experts) is not Experts or not experts.merges_shared:
+            return None
+        gate_up, down = shared.gate_up, shared.down
+        if type(gate_up) is not MergedLinear or type(down) is not Linear or experts.activation != shared.activation:
+            return None
+        return SharedExpert(gate_up.weight, down.weight, scale) if gate_up.bias is None and down.bias is None else None

@@ -4,8 +4,10 @@ From compute capability 9 on, a kernel launched with `**dependent(device)` may b
 stream has finished. It does what depends on nobody (indices, the first weights), then calls `wait`. Rules that keep this
 right, here and in third parties' kernels:
 
-  - nothing that another kernel writes is read, and nothing at all is written, before `wait`;
-  - every kernel launched this way calls `wait`, even one that reads nothing: whoever comes after it relies on that.
+  - nothing that another kernel writes is read (but see the third rule), and nothing at all is written, before `wait`;
+  - every kernel launched this way calls `wait`, even one that reads nothing: whoever comes after it relies on that;
+  - a kernel that calls `release` after `wait` lets its successor start when all before the two has finished. The successor,
+    if it is always launched right after, may read that before it waits, past the L1 cache (`cache_modifier=".cg"`).
 
 Elsewhere (older GPUs, the interpreter) both do nothing. Source: CUDA C++ Programming Guide, "Programmatic Dependent
 Launch and Synchronization".

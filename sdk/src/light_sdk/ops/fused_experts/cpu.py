@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from light_sdk.ops.activation.reference import functional
+from light_sdk.ops.fused_experts.reference import SharedExpert
 
 __all__ = ["fused_experts"]
 
@@ -16,6 +17,7 @@ def fused_experts(
     weights_Tk: torch.Tensor,
     ids_Tk: torch.Tensor,
     activation: str,
+    shared: SharedExpert | None = None,
 ) -> None:
     """As the reference, but that products, and what the activation makes of them, are rounded to the dtype of `x_TE`.
 
@@ -35,4 +37,9 @@ def fused_experts(
             gate, up = F.linear(sorted_x[rows], gate_up_XIE[expert]).chunk(2, dim=-1)
             y[order[rows]] = F.linear(act(gate) * up, down_XEI[expert])
             begin += count
-    out_TE.copy_((y.view(num_tokens, top_k, size) * weights_Tk[..., None]).sum(1))
+    total = (y.view(num_tokens, top_k, size) * weights_Tk[..., None]).sum(1)
+    if shared is not None:
+        gate, up = F.linear(x_TE, shared.gate_up).chunk(2, dim=-1)
+        plus = F.linear(act(gate) * up, shared.down)
+        total += plus if shared.scale is None else plus * shared.scale
+    out_TE.copy_(total)

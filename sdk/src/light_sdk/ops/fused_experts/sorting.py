@@ -1,13 +1,14 @@
 """Pairs of a token and one of its experts, sorted by expert and cut in blocks of rows of one expert, on the device.
 
-Nothing here waits for the device: as many blocks are made as there can be at most, and those that are not needed have
+Sorting does not wait for the device: as many blocks are made as there can be at most, and those that are not needed have
 no rows. Up to `MAX_SINGLE` pairs take one launch that compares all of them with each other; more take three, which count
 them by chunks (a counting sort). Order within an expert is that of the tokens.
 
 Legend: P pairs (tokens times experts of each), X experts.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -32,7 +33,8 @@ LATE = tl.constexpr(2**31 - 1)
 """After every expert."""
 
 
-class SortedPairs(NamedTuple):
+@dataclass(frozen=True)
+class SortedPairs:
     """What grouped products go by.
 
     Attributes:
@@ -40,12 +42,20 @@ class SortedPairs(NamedTuple):
         places: int32 [P], the place of each pair.
         blocks: int32 [max_blocks, 3], expert, first place and number of rows of each block; 0 rows for those not needed.
         ends: int32 [X], the place after the last one of each expert.
+        num_used: int32 [1], how many blocks have rows; they are the first ones.
     """
 
     order: torch.Tensor
     places: torch.Tensor
     blocks: torch.Tensor
     ends: torch.Tensor
+    num_used: torch.Tensor
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Expert, first place and place after the last one of each expert that has pairs. Waits for the device."""
+        ends: list[int] = self.ends.tolist()
+        return [(expert, begin, end) for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
 
 
 def max_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -80,6 +90,7 @@ def _before(
 @triton.jit
 def _write_blocks(
     blocks_ptr: tl.tensor,
+    num_used_ptr: tl.tensor,
     totals: tl.tensor,
     chunk: tl.tensor,
     num_blocks: tl.tensor,
@@ -87,8 +98,10 @@ def _write_blocks(
     BLOCK_X: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    """Writes the blocks of `chunk`, given how many pairs each expert has."""
+    """Writes the blocks of `chunk`, given how many pairs each expert has, and with the first chunk how many are used."""
     expert_blocks = (totals + BLOCK_M - 1) // BLOCK_M
+    if chunk == 0:
+        tl.store(num_used_ptr, tl.sum(expert_blocks, axis=0))
     last_blocks = tl.cumsum(expert_blocks, axis=0)
     experts = tl.arange(0, BLOCK_X)
     for begin in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, num_blocks), BLOCKS):
@@ -114,6 +127,7 @@ def _sort_kernel(
     order_ptr: tl.tensor,
     places_ptr: tl.tensor,
     blocks_ptr: tl.tensor,
+    num_used_ptr: tl.tensor,
     ends_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     num_pairs: tl.tensor,
@@ -142,7 +156,7 @@ def _sort_kernel(
         # The last bin, which no expert has, takes what lies beyond the pairs.
         totals += tl.histogram(tl.load(ids_ptr + other, mask=other < num_pairs, other=BLOCK_X - 1), BLOCK_X)
     totals = tl.where(experts < NUM_EXPERTS, totals, 0)
-    _write_blocks(blocks_ptr, totals, chunk, num_blocks, BLOCK_M, BLOCK_X, CHUNK)
+    _write_blocks(blocks_ptr, num_used_ptr, totals, chunk, num_blocks, BLOCK_M, BLOCK_X, CHUNK)
     if chunk == 0:
         tl.store(ends_ptr + experts, tl.cumsum(totals, axis=0), mask=experts < NUM_EXPERTS)
 
@@ -201,6 +215,7 @@ def _place_kernel(
     order_ptr: tl.tensor,
     places_ptr: tl.tensor,
     blocks_ptr: tl.tensor,
+    num_used_ptr: tl.tensor,
     begins_ptr: tl.tensor,
     totals_ptr: tl.tensor,
     ids_ptr: tl.tensor,
@@ -227,22 +242,22 @@ def _place_kernel(
     tl.store(places_ptr + pair, place, mask=mask)
     experts = tl.arange(0, BLOCK_X)
     totals = tl.load(totals_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
-    _write_blocks(blocks_ptr, totals, chunk, num_blocks, BLOCK_M, BLOCK_X, CHUNK)
+    _write_blocks(blocks_ptr, num_used_ptr, totals, chunk, num_blocks, BLOCK_M, BLOCK_X, CHUNK)
 
 
 def sort_pairs(ids_Tk: torch.Tensor, num_experts: int, block_m: int) -> SortedPairs:
     """Sorts the pairs of `ids_Tk` (int32 `[T, k]`, contiguous, T from 1) and cuts them in blocks of `block_m` rows."""
     assert ids_Tk.is_contiguous() and ids_Tk.dtype == torch.int32
     num_pairs, num_blocks = ids_Tk.numel(), max_blocks(ids_Tk.numel(), num_experts, block_m)
-    sizes = (num_pairs, num_pairs, num_blocks * BLOCK_FIELDS, num_experts)
+    sizes = (num_pairs, num_pairs, num_blocks * BLOCK_FIELDS, num_experts, 1)
     # Each begins at 16 bytes, so that kernels are compiled for that alone.
     padded = [size + -size % 4 for size in sizes]
     buffer = torch.empty(sum(padded), dtype=torch.int32, device=ids_Tk.device)
-    order, places, blocks, ends = (part[:size] for part, size in zip(torch.split(buffer, padded), sizes, strict=True))
+    order, places, blocks, ends, num_used = (part[:size] for part, size in zip(torch.split(buffer, padded), sizes, strict=True))
     launch = dependent(ids_Tk.device)
     # One more than there are experts at least: a bin for what is none.
     shapes = {"NUM_EXPERTS": num_experts, "BLOCK_X": triton.next_power_of_2(num_experts + 1), **launch}
-    results, sizes_now = (order, places, blocks), (num_pairs, num_blocks)
+    results, sizes_now = (order, places, blocks, num_used), (num_pairs, num_blocks)
     if num_pairs <= MAX_SINGLE:
         _sort_kernel[(triton.cdiv(num_pairs, SINGLE_CHUNK),)](
             *results, ends, ids_Tk, *sizes_now, BLOCK_M=block_m, CHUNK=SINGLE_CHUNK, SLICE=SINGLE_SLICE, num_warps=NUM_WARPS, **shapes
@@ -257,4 +272,4 @@ def sort_pairs(ids_Tk: torch.Tensor, num_experts: int, block_m: int) -> SortedPa
         _place_kernel[(num_chunks,)](
             *results, counts, totals, ids_Tk, *sizes_now, BLOCK_M=block_m, CHUNK=CHUNK, SLICE=SLICE, num_warps=NUM_WARPS, **shapes
         )
-    return SortedPairs(order, places, blocks.view(num_blocks, BLOCK_FIELDS), ends)
+    return SortedPairs(order, places, blocks.view(num_blocks, BLOCK_FIELDS), ends, num_used)

@@ -94,7 +94,8 @@ def store_choice(
     for j in tl.static_range(TOP_K):
         best_key = tl.max(tl.max(keys, axis=2), axis=1)
         is_best = keys == best_key[:, None, None]
-        score = tl.sum(tl.sum(tl.where(is_best, scores, 0.0), axis=2), axis=1)
+        # Without a bias what is chosen by is what counts, and the key has it: a reduction less.
+        score = tl.sum(tl.sum(tl.where(is_best, scores, 0.0), axis=2), axis=1) if BIASED else _value(best_key)
         chosen = (best_key & LOW).to(tl.int32) ^ LOW
         weights = tl.where((k == j)[None, :], score[:, None], weights)
         ids = tl.where((k == j)[None, :], chosen[:, None], ids)
