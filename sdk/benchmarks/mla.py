@@ -1,18 +1,29 @@
-"""Speed of latent attention and of float8 products on one GPU beside the roofline: `python sdk/benchmarks/mla.py [--sweep]`.
+"""Speed of latent attention and of float8 products on one GPU beside the roofline: `python sdk/benchmarks/mla.py`.
 
 Shapes are those of DeepSeek-V2-Lite (16 heads) and V3 (128 heads). Each case is compared with its reference first; a
-wrong one prints no number and the program ends with status 1. `--sweep` tries launch parameters and prints the best
-as entries for `light_sdk/ops/{mla_attention,linear_fp8_block}/configs/<GPU name with dashes>.json`.
+wrong one prints no number and the program ends with status 1.
+
+`--sweep FILE` tries a few launch parameters that fit a Hopper GPU instead, compiled by several processes before anything is
+timed, prints each beside its floor, and writes the best to FILE, a copy of what
+`light_sdk/ops/mla_attention/configs/<GPU name with dashes>.json` has. `--sweep-products` prints entries for
+`light_sdk/ops/linear_fp8_block/configs`.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -26,13 +37,17 @@ from light_sdk.ops.linear_fp8_block.reference import dequantize_blocks
 from light_sdk.ops.linear_fp8_block.tuning import ROWS, ProductConfig
 from light_sdk.ops.mla_attention import reference
 from light_sdk.ops.mla_attention.decode import attend_latents
+from light_sdk.ops.mla_attention.heads import multiply_heads
 from light_sdk.ops.mla_attention.prefill import prefill_attention
-from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefillConfig, decode_config
+from light_sdk.ops.mla_attention.tuning import PACKAGE, DecodeConfig, PrefillConfig, PrefixConfig, decode_config
+from light_sdk.ops.tuning import device_name, read_configs
 
 RANK, KEY_DIM, ROTARY, VALUE_DIM = 512, 128, 64, 128
 SCALE = (KEY_DIM + ROTARY) ** -0.5
-DECODES = ((64, 4096), (1, 65536), (256, 640), (1, 640))
+DECODES = ((64, 4096), (1, 65536), (64, 640), (256, 640), (16, 32768), (1, 640))
 """Requests and their length."""
+SHARED = ((1, 512, 2048, 128), (1, 64, 2048, 128), (64, 4, 2048, 128))
+"""Groups of decodes, the requests of each, tokens that they share, and tokens of their own."""
 PREFILLS = {16: ((1, 8192, 8192), (8, 1024, 1024), (2, 4096, 4096), (1, 8192, 2048)), 128: ((1, 4096, 4096), (1, 8192, 1024))}
 """By heads: requests, their length, and how many of it are this step's."""
 PRODUCTS = ((2112, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432))
@@ -97,15 +112,20 @@ class Latents:
 
     @property
     def latent_bytes(self) -> float:
-        """Latents and rotary keys of every request once."""
-        return float(int(self.step.seq_lens.sum()) * (RANK + ROTARY) * self.cache.element_size())
+        """Latents and rotary keys of every request once, and of what they share once."""
+        table, lens = self.step.slot_table, self.step.seq_lens
+        tokens = len(table.unique()) if self.step.shared_prefixes is not None else int(lens.sum())
+        return float(tokens * (RANK + ROTARY) * self.cache.element_size())
 
 
-def create_latents(num_heads: int, num_seqs: int, seq_len: int, query_len: int) -> Latents:
+def create_latents(num_heads: int, num_seqs: int, seq_len: int, query_len: int, group: int = 1, shared: int = 0) -> Latents:
+    """With `shared`, every `group` requests have their first tokens in the same slots, and the step says so."""
     num_slots = num_seqs * seq_len + 1
     arange = torch.arange(num_seqs + 1, dtype=torch.int32, device=DEVICE)
     positions = torch.arange(seq_len - query_len, seq_len, dtype=torch.int32, device=DEVICE).repeat(num_seqs)
     slot_table = torch.randperm(num_slots - 1, device=DEVICE).int().view(num_seqs, seq_len)
+    if shared:
+        slot_table[:, :shared] = slot_table[::group, :shared].repeat_interleave(group, 0)
     step = Step(
         token_ids=torch.zeros_like(positions),
         positions=positions,
@@ -121,33 +141,55 @@ def create_latents(num_heads: int, num_seqs: int, seq_len: int, query_len: int) 
         max_seq_len=seq_len,
         prefill_lens=() if query_len == 1 else ((query_len, seq_len),) * num_seqs,
     )
+    if shared:
+        members = arange[:num_seqs] % group
+        step.shared_prefixes = torch.stack((arange[:num_seqs], torch.full_like(members, shared), members))
     q = random(num_seqs * query_len, num_heads, KEY_DIM + ROTARY)
     kv_b = random(num_heads, KEY_DIM + VALUE_DIM, RANK) * RANK**-0.5
     out = torch.full((len(q), num_heads, VALUE_DIM), math.nan, dtype=DTYPE, device=DEVICE)
     return Latents(step, out, q, random(num_slots, RANK + ROTARY), kv_b)
 
 
-def create_absorbed(inputs: Latents) -> tuple[Callable[[DecodeConfig], None], torch.Tensor, torch.Tensor]:
-    """The decode kernel between the products with W_UK and W_UV: a call, what it writes, and what that should be."""
-    num_heads = inputs.q.shape[1]
-    q_latent_HTL = torch.bmm(inputs.q[..., :KEY_DIM].transpose(0, 1), inputs.kv_b[:, :KEY_DIM])
-    sums_HTL = torch.full_like(q_latent_HTL, math.nan)
-    # With identities for W_UK and W_UV the reference gives the sums of latents themselves.
-    identity = torch.eye(RANK, dtype=DTYPE, device=DEVICE).expand(num_heads, RANK, RANK)
-    q = torch.cat((q_latent_HTL.transpose(0, 1), inputs.q[..., KEY_DIM:]), -1)
-    expected = torch.empty(len(q), num_heads, RANK, dtype=DTYPE, device=DEVICE)
-    small = min(num_heads, 16)
-    for begin in range(0, num_heads, small):
-        heads = slice(begin, begin + small)
-        part = torch.empty_like(expected[:, heads])
-        reference.mla_attention(part, q[:, heads], inputs.cache, torch.cat((identity, identity), 1)[heads], inputs.step, SCALE)
-        expected[:, heads] = part
+@dataclass
+class Absorbed:
+    """Latent attention of decodes between the products with W_UK and W_UV; `sums` is what it writes."""
 
-    def run(config: DecodeConfig) -> None:
-        out, queries = sums_HTL.transpose(0, 1), q_latent_HTL.transpose(0, 1)
-        attend_latents(out, queries, inputs.q[..., KEY_DIM:], inputs.cache, inputs.step, SCALE, config)
+    inputs: Latents
+    queries: torch.Tensor
+    sums: torch.Tensor
 
-    return run, sums_HTL.transpose(0, 1), expected
+    def run(self, config: DecodeConfig, prefixes: PrefixConfig | None = None) -> None:
+        inputs = self.inputs
+        attend_latents(self.sums, self.queries, inputs.q[..., KEY_DIM:], inputs.cache, inputs.step, SCALE, config, prefixes)
+
+    @functools.cached_property
+    def expected(self) -> torch.Tensor:
+        """What `sums` should be. With identities for W_UK and W_UV the reference gives the sums of latents themselves."""
+        inputs, num_heads = self.inputs, self.queries.shape[1]
+        q = torch.cat((self.queries, inputs.q[..., KEY_DIM:]), -1)
+        small = min(num_heads, 16)
+        both = torch.eye(RANK, dtype=DTYPE, device=DEVICE).repeat(2, 1).expand(small, 2 * RANK, RANK)
+        expected = torch.empty_like(self.sums)
+        for begin in range(0, num_heads, small):
+            part = torch.empty_like(expected[:, begin : begin + small])
+            reference.mla_attention(part, q[:, begin : begin + small], inputs.cache, both[: part.shape[1]], inputs.step, SCALE)
+            expected[:, begin : begin + small] = part
+        return expected
+
+    def error(self) -> float:
+        """Largest difference of `sums` from what they should be, as a share of their root mean square."""
+        want = self.expected.float()
+        return float((self.sums.float() - want).abs().max() / want.square().mean().sqrt())
+
+    @property
+    def least_bytes(self) -> float:
+        """Latents, queries and sums once."""
+        return self.inputs.latent_bytes + 2.0 * self.sums.numel() * self.sums.element_size()
+
+
+def create_absorbed(inputs: Latents) -> Absorbed:
+    queries = torch.einsum("thp,hpl->thl", inputs.q[..., :KEY_DIM], inputs.kv_b[:, :KEY_DIM]).contiguous()
+    return Absorbed(inputs, queries, torch.full_like(queries, math.nan))
 
 
 def decode_cases(ops: OpTable, num_heads: int) -> Iterator[Case]:
@@ -158,14 +200,11 @@ def decode_cases(ops: OpTable, num_heads: int) -> Iterator[Case]:
         name = f"{num_seqs} x {seq_len}, {num_heads} heads"
         flops = 2.0 * num_heads * (2 * RANK + ROTARY) * inputs.pairs
         if num_seqs * seq_len <= 1 << 18:
-            attend, sums, want = create_absorbed(inputs)
-            config = decode_config(inputs.q)
-            num_bytes = inputs.latent_bytes + 2 * sums.numel() * sums.element_size()
+            absorbed, config = create_absorbed(inputs), decode_config(inputs.q)
+            run, expected = lambda a=absorbed, c=config: a.run(c), lambda a=absorbed: (a.expected,)
             begin_step = inputs.step.shared.clear
-            yield RelativeCase(
-                "mla decode", name, lambda a=attend, c=config: a(c), (sums,), lambda w=want: (w,), num_bytes, flops, begin_step
-            )
-            del attend, sums, want
+            yield RelativeCase("mla decode", name, run, (absorbed.sums,), expected, absorbed.least_bytes, flops, begin_step)
+            del absorbed, run, expected
         num_bytes = inputs.latent_bytes + inputs.kv_b.numel() * inputs.kv_b.element_size()
         absorbing = 2.0 * num_seqs * num_heads * RANK * (KEY_DIM + VALUE_DIM)
         yield RelativeCase(
@@ -178,6 +217,74 @@ def decode_cases(ops: OpTable, num_heads: int) -> Iterator[Case]:
             flops + absorbing,
             inputs.step.shared.clear,
         )
+
+
+def shared_cases(num_heads: int) -> Iterator[Case]:
+    """Decodes of groups, with the groups told and not. The floor of either is that of what is told."""
+    for groups, members, shared, own in SHARED:
+        inputs = create_latents(num_heads, groups * members, shared + own, 1, members, shared)
+        absorbed, config = create_absorbed(inputs), decode_config(inputs.q)
+        flops = 2.0 * num_heads * (2 * RANK + ROTARY) * inputs.pairs
+        name, told = f"{groups} x {members} x ({shared} shared + {own})", inputs.step.shared_prefixes
+        want = absorbed.expected
+        for suffix, table in (("", told), (", not told", None)):
+            inputs.step.shared_prefixes = told
+            num_bytes = absorbed.least_bytes
+
+            def begin_step(step: Step = inputs.step, table: torch.Tensor | None = table) -> None:
+                step.shared.clear()
+                step.shared_prefixes = table
+
+            run = lambda a=absorbed, c=config: a.run(c)  # noqa: E731
+            yield RelativeCase("mla shared", name + suffix, run, (absorbed.sums,), lambda w=want: (w,), num_bytes, flops, begin_step)
+
+
+def layer_cases(ops: OpTable, num_heads: int) -> Iterator[Case]:
+    """All of a layer's attention between its products, for steps of decodes, in one op and in two."""
+    facts = {"num_heads": num_heads, "rank": RANK, "key_dim": KEY_DIM, "rotary_dim": ROTARY, "value_dim": VALUE_DIM}
+    whole, plain = ops.select("latent_attention", **facts), op_table(latent_attention="reference").select("latent_attention", **facts)
+    write, attend = ops.select("write_latent", **facts), ops.select("mla_attention", **facts)
+    for num_seqs, seq_len in ((1, 640), (64, 640), (256, 640)):
+        inputs = create_latents(num_heads, num_seqs, seq_len, 1)
+        kv, weight, angles = random(num_seqs, RANK + ROTARY), random(RANK), torch.rand(num_seqs, ROTARY // 2, device=DEVICE)
+        rest = (kv, weight, 1e-6, torch.cat((angles.cos(), angles.sin()), -1), True, inputs.cache)
+
+        def expected(inputs: Latents = inputs, rest: tuple[Any, ...] = rest) -> tuple[torch.Tensor, ...]:
+            out = torch.empty_like(inputs.out)
+            plain(out, inputs.q.clone(), *rest[:-1], inputs.cache.clone(), inputs.kv_b, inputs.step, SCALE)
+            return (out,)
+
+        def in_one(inputs: Latents = inputs, rest: tuple[Any, ...] = rest) -> None:
+            whole(inputs.out, inputs.q, *rest, inputs.kv_b, inputs.step, SCALE)
+
+        def in_two(inputs: Latents = inputs, rest: tuple[Any, ...] = rest) -> None:
+            write(inputs.q[..., KEY_DIM:], *rest, inputs.step.slots)
+            attend(*inputs.arguments, SCALE)
+
+        num_bytes = inputs.latent_bytes + 2.0 * (inputs.kv_b.numel() + inputs.q.numel() + inputs.out.numel() + 2 * kv.numel())
+        flops = 2.0 * num_heads * ((2 * RANK + ROTARY) * inputs.pairs + num_seqs * RANK * (KEY_DIM + VALUE_DIM))
+        name, begin_step = f"{num_seqs} x {seq_len}, {num_heads} heads", inputs.step.shared.clear
+        yield RelativeCase("latent op", name, in_one, (inputs.out,), expected, num_bytes, flops, begin_step)
+        yield RelativeCase("latent op", f"{name}, in two", in_two, (inputs.out,), expected, num_bytes, flops, begin_step)
+
+
+def head_cases(num_heads: int) -> Iterator[Case]:
+    """The products with W_UK and W_UV by the kernel, and by torch, which rounds alike."""
+    kv_b = random(num_heads, KEY_DIM + VALUE_DIM, RANK) * RANK**-0.5
+    for rows in (1, 64, 256):
+        q, latents = random(rows, num_heads, KEY_DIM + ROTARY)[..., :KEY_DIM], random(rows, num_heads, RANK)
+        pairs = (("queries", q, kv_b[:, :KEY_DIM].transpose(1, 2)), ("values", latents, kv_b[:, KEY_DIM:]))
+        for kind, x, weight in pairs:
+            out = torch.full((rows, num_heads, weight.shape[1]), math.nan, dtype=DTYPE, device=DEVICE)
+            plain = torch.empty_like(out)
+            num_bytes = 2.0 * (x.numel() + weight.numel() + out.numel())
+            flops = 2.0 * rows * weight.numel()
+            expected = lambda x=x, w=weight: (torch.einsum("thk,hjk->thj", x.float(), w.float()),)  # noqa: E731
+            ours = lambda o=out, x=x, w=weight: multiply_heads(o, x, w)  # noqa: E731
+            torchs = lambda o=plain, x=x, w=weight: torch.bmm(x.transpose(0, 1), w.transpose(1, 2), out=o.transpose(0, 1))  # noqa: E731
+            name = f"{kind}, {rows} x {num_heads} heads"
+            yield RelativeCase("mla heads", name, ours, (out,), expected, num_bytes, flops)
+            yield RelativeCase("mla heads", f"{name}, torch", torchs, (plain,), expected, num_bytes, flops)
 
 
 def prefill_cases(ops: OpTable, num_heads: int, name: str = "mla prefill") -> Iterator[Case]:
@@ -283,23 +390,192 @@ def product_cases(ops: OpTable) -> Iterator[Case]:
 # --------------------------------------------------------------------------------------------- sweep
 
 
-def rank_configs(configs: list, prepare: list[tuple[Callable, Callable, torch.Tensor | None, torch.Tensor | None]]) -> list:
-    """(geometric mean of seconds, config, seconds), best first; what does not fit or is wrong is left out.
+SWEPT_DECODES = ((64, 4096), (1, 65536), (64, 640), (256, 640), (16, 32768))
+"""By 16 heads; by 128 heads, which are bound by compute, the first three."""
+DECODE_CANDIDATES = {
+    # 92 KiB of shared memory are two programs a processor, 128 and 165 KiB are one; none of these spills registers.
+    16: (
+        DecodeConfig(16, 32, 4, 5, 2, 4),
+        DecodeConfig(16, 32, 4, 5, 2, 8),
+        DecodeConfig(16, 32, 8, 5, 2, 4),
+        DecodeConfig(16, 32, 8, 7, 1, 4),
+        DecodeConfig(16, 64, 4, 2, 2, 2),
+        DecodeConfig(16, 64, 8, 5, 1, 4),
+        DecodeConfig(16, 64, 8, 5, 2, 4),
+    ),
+    128: (DecodeConfig(64, 64, 8, 2, 1, 8), DecodeConfig(64, 64, 8, 2, 2, 8), DecodeConfig(64, 32, 8, 5, 1, 8)),
+}
+PREFIX_CANDIDATES = (PrefixConfig(64, 64, 8, 2, 1, 4), PrefixConfig(64, 64, 8, 3, 1, 4), PrefixConfig(64, 32, 8, 5, 1, 8))
+PREFILL_CANDIDATES = (
+    PrefillConfig(128, 64, 8, 3),
+    PrefillConfig(128, 64, 8, 4),
+    PrefillConfig(128, 128, 8, 2),
+    PrefillConfig(64, 64, 4, 2),
+    PrefillConfig(128, 32, 8, 4),
+)
+BANDWIDTH, FLOPS = 4.2e12, 700e12
 
-    `prepare` has (run with a config, begin_step, what it writes, what that should be) of each case.
+
+@dataclass
+class Trial:
+    """One size that candidates are tried on.
+
+    Attributes:
+        name: of the size.
+        run: a call with a candidate.
+        begin_step: what goes before the first of several calls.
+        is_right: whether the last call's results are, or None where that takes too long to know.
+        floor: seconds that no kernel goes below.
     """
+
+    name: str
+    run: Callable[[Any], None]
+    begin_step: Callable[[], None]
+    is_right: Callable[[], bool] | None
+    floor: float
+
+
+def try_candidates(title: str, candidates: tuple[Any, ...], trials: Iterator[Trial]) -> Any:
+    """Prints microseconds and the share of the floor of each candidate and size; the best by the mean of the shares, or None
+    where none is right at every size."""
+    shares: dict[Any, list[float]] = {candidate: [] for candidate in candidates}
+    print(f"\n{title}")
+    for trial in trials:
+        for candidate in candidates:
+            trial.begin_step()
+            try:
+                trial.run(candidate)
+                right = trial.is_right is None or trial.is_right()
+                seconds = measure(lambda t=trial, c=candidate: t.run(c), trial.begin_step, replays=8)
+            except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+                right, seconds = False, math.inf
+                print(f"  {trial.name:34} {astuple(candidate)}: {' '.join(str(error).split())[:80]}", flush=True)
+            share = trial.floor / seconds if right else -math.inf
+            shares[candidate].append(share)
+            verdict = f"{seconds * 1e6:8.1f} us {100 * share:5.1f} %" if right else "wrong or not possible"
+            print(f"  {trial.name:34} {astuple(candidate)!s:28} {verdict}", flush=True)
+    best = max(candidates, key=lambda candidate: statistics.mean(shares[candidate]))
+    if statistics.mean(shares[best]) == -math.inf:
+        return None
+    print(f"  best: {json.dumps(asdict(best))}, {100 * statistics.mean(shares[best]):.1f} % of the floor on average")
+    return best
+
+
+def decode_trials(num_heads: int) -> Iterator[Trial]:
+    for num_seqs, seq_len in SWEPT_DECODES[: None if num_heads == 16 else 3]:
+        absorbed = create_absorbed(create_latents(num_heads, num_seqs, seq_len, 1))
+        inputs = absorbed.inputs
+        flops = 2.0 * num_heads * (2 * RANK + ROTARY) * inputs.pairs
+        is_right = (lambda a=absorbed: a.error() <= TOLERANCE) if num_seqs * seq_len <= 1 << 18 else None
+        floor = max(absorbed.least_bytes / BANDWIDTH, flops / FLOPS)
+        yield Trial(f"{num_seqs} x {seq_len}", absorbed.run, inputs.step.shared.clear, is_right, floor)
+
+
+def prefix_trials(num_heads: int, decode: DecodeConfig) -> Iterator[Trial]:
+    for groups, members, shared, own in SHARED:
+        absorbed = create_absorbed(create_latents(num_heads, groups * members, shared + own, 1, members, shared))
+        flops = 2.0 * num_heads * (2 * RANK + ROTARY) * absorbed.inputs.pairs
+        floor = max(absorbed.least_bytes / BANDWIDTH, flops / FLOPS)
+
+        def run(config: PrefixConfig | None, absorbed: Absorbed = absorbed) -> None:
+            absorbed.run(decode, config)
+
+        name, step = f"{groups} x {members} x ({shared} + {own})", absorbed.inputs.step
+        yield Trial(name, run, step.shared.clear, lambda a=absorbed: a.error() <= TOLERANCE, floor)
+        told, step.shared_prefixes = step.shared_prefixes, None
+        seconds = measure(lambda a=absorbed: a.run(decode), step.shared.clear, replays=8)
+        step.shared_prefixes = told
+        print(f"  {name:34} {'not told':28} {seconds * 1e6:8.1f} us {100 * floor / seconds:5.1f} %", flush=True)
+
+
+def prefill_trials(num_heads: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Trial]:
+    for num_seqs, seq_len, query_len in shapes:
+        inputs = create_latents(num_heads, num_seqs, seq_len, query_len)
+        making = 2.0 * num_seqs * seq_len * num_heads * (KEY_DIM + VALUE_DIM) * RANK
+        flops = 2.0 * num_heads * (KEY_DIM + ROTARY + VALUE_DIM) * inputs.pairs + making
+        (want,) = inputs.expected()
+
+        def is_right(inputs: Latents = inputs, want: torch.Tensor = want) -> bool:
+            return bool((inputs.out.float() - want.float()).abs().max() <= TOLERANCE * want.float().square().mean().sqrt())
+
+        def run(config: PrefillConfig, inputs: Latents = inputs) -> None:
+            prefill_attention(*inputs.arguments, SCALE, config)
+
+        # The plan of a step is a copy from the host, which a graph cannot hold: it is made by the call before.
+        yield Trial(f"{num_seqs} x {query_len} of {seq_len}", run, lambda: None, is_right, flops / FLOPS)
+
+
+def compile_candidate(candidate: Any, num_heads: int) -> None:
+    """Runs a candidate on small inputs whose kernels are those of the large ones; Triton keeps them on the disk."""
+    try:
+        if isinstance(candidate, PrefillConfig):
+            for trial in prefill_trials(num_heads, ((1, 640, 640), (1, 1280, 640))):
+                trial.run(candidate)
+        # Few requests and more have their parts joined by kernels of different widths.
+        elif isinstance(candidate, DecodeConfig):
+            for num_seqs in (2, 20):
+                create_absorbed(create_latents(num_heads, num_seqs, 640, 1)).run(candidate)
+        else:
+            for num_seqs in (4, 20):
+                create_absorbed(create_latents(num_heads, num_seqs, 640, 1, 4, 512)).run(DECODE_CANDIDATES[num_heads][0], candidate)
+    except (triton.runtime.errors.OutOfResources, RuntimeError):
+        return  # said when it is timed
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def compile_ahead() -> None:
+    """Compiles all candidates, one process for a processor of the host."""
+    jobs = [(candidate, 16) for candidate in (*DECODE_CANDIDATES[16], *PREFIX_CANDIDATES, *PREFILL_CANDIDATES)]
+    jobs += [(candidate, 128) for candidate in DECODE_CANDIDATES[128]]
+    workers = min(len(jobs), max(1, (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_candidate, *zip(*jobs, strict=True)))
+
+
+def sweep(file: Path) -> None:
+    """Writes `file` after each kind: a sweep that is cut short leaves what it has found."""
+    begin = time.perf_counter()
+    compile_ahead()
+    print(f"compiled after {time.perf_counter() - begin:.0f} s")
+    content = json.loads(json.dumps(read_configs(PACKAGE, device_name(torch.device(DEVICE)))))
+    size = str(DTYPE.itemsize)
+
+    def keep(kind: str, keys: tuple[str, ...], best: Any) -> None:
+        if best is not None:
+            content.setdefault(kind, {}).update(dict.fromkeys(keys, asdict(best)))
+            file.write_text(render(content))
+
+    best = try_candidates("mla_attention decode, 16 heads", DECODE_CANDIDATES[16], decode_trials(16))
+    keep("decode", (f"16x{size}",), best)
+    prefix = try_candidates("shared prefixes, 16 heads", PREFIX_CANDIDATES, prefix_trials(16, best or DECODE_CANDIDATES[16][0]))
+    keep("prefix", (size,), prefix)
+    keep("prefill", (size,), try_candidates("mla_attention prefill, 16 heads", PREFILL_CANDIDATES, prefill_trials(16, PREFILLS[16])))
+    many = try_candidates("mla_attention decode, 128 heads", DECODE_CANDIDATES[128], decode_trials(128))
+    keep("decode", (f"64x{size}", f"128x{size}"), many)
+    print(f"done after {time.perf_counter() - begin:.0f} s: {file}")
+
+
+def render(content: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each entry."""
+    kinds = []
+    for kind, entries in content.items():
+        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(values)}" for key, values in entries.items())
+        kinds.append(f"  {json.dumps(kind)}: {{\n{lines}\n  }}")
+    return "{\n" + ",\n".join(kinds) + "\n}\n"
+
+
+def rank_configs(configs: list[Any], prepare: list[tuple[Callable[[Any], Any], Callable[[], None]]]) -> list[Any]:
+    """(geometric mean of seconds, config, seconds), best first; what does not fit is left out."""
     ranking = []
     for config in configs:
         times = []
-        for run, begin_step, got, want in prepare:
+        for run, begin_step in prepare:
             begin_step()
             try:
                 run(config)
             except triton.runtime.errors.OutOfResources as error:
                 print(f"{config}: {error}", file=sys.stderr)
-                break
-            if got is not None and not (got.float() - want.float()).abs().max() <= TOLERANCE * want.float().square().mean().sqrt():
-                print(f"{config}: wrong", file=sys.stderr)
                 break
             times.append(measure(lambda run=run, config=config: run(config), begin_step, replays=5))
         else:
@@ -307,38 +583,10 @@ def rank_configs(configs: list, prepare: list[tuple[Callable, Callable, torch.Te
     return sorted(ranking, key=lambda entry: entry[0])
 
 
-def show(kind: str, key: str, ranking: list) -> None:
+def show(kind: str, key: str, ranking: list[Any]) -> None:
     print(f"\n{kind}, best first:")
     for _, config, times in ranking[:5]:
         print(f'"{key}": {json.dumps(asdict(config))}   us: {", ".join(f"{time * 1e6:.1f}" for time in times)}')
-
-
-def sweep_decode(num_heads: int) -> None:
-    prepare = []
-    for num_seqs, seq_len in DECODES[:3]:
-        inputs = create_latents(num_heads, num_seqs, seq_len, 1)
-        run, got, want = create_absorbed(inputs)
-        prepare.append((run, inputs.step.shared.clear, got, want))
-    few = ((16, 4, 5), (32, 4, 3), (32, 4, 5), (32, 8, 3), (64, 4, 3), (64, 8, 3), (64, 8, 5))
-    many = ((32, 16, 8, 4), (32, 32, 8, 3), (32, 32, 8, 5), (64, 16, 8, 4), (64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 1))
-    shapes = [(16, *shape) for shape in few] if num_heads <= 16 else many
-    configs = [
-        DecodeConfig(*shape, waves, max(1, tokens // shape[1])) for shape in shapes for waves in (1, 2, 4, 8) for tokens in (256, 512, 1024)
-    ]
-    show(f"mla_attention decode, {num_heads} heads", f"{num_heads}x{DTYPE.itemsize}", rank_configs(configs, prepare))
-
-
-def sweep_prefill() -> None:
-    prepare = []
-    for shape in PREFILLS[16]:
-        inputs = create_latents(16, *shape)
-
-        def run(config: PrefillConfig, inputs: Latents = inputs) -> None:
-            prefill_attention(*inputs.arguments, SCALE, config)
-
-        prepare.append((run, lambda: None, inputs.out, inputs.expected()[0]))
-    configs = [PrefillConfig(*values) for values in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
-    show("mla_attention prefill", str(DTYPE.itemsize), rank_configs(configs, prepare))
 
 
 def sweep_products() -> None:
@@ -350,7 +598,7 @@ def sweep_products() -> None:
             def run(config: ProductConfig, product: Product = product) -> None:
                 fp8_kernel.multiply(product.x, product.weight, product.scale, None, config)
 
-            prepare.append((run, lambda: None, None, None))
+            prepare.append((run, lambda: None))
         sides = {8: ((16,), (16, 32, 64)), 64: ((16, 32, 64), (32, 64, 128)), 256: ((64, 128), (64, 128))}.get(rows, ((64, 128), (64, 128)))
         configs = [
             ProductConfig(m, n, group, warps, stages)
@@ -367,6 +615,9 @@ def cases(ops: OpTable) -> Iterator[Case]:
         yield from decode_cases(ops, num_heads)
         yield from prefill_cases(ops, num_heads)
         yield from write_cases(ops, num_heads)
+        yield from head_cases(num_heads)
+        yield from layer_cases(ops, num_heads)
+    yield from shared_cases(16)
     yield cudnn_case(16, 8192)
     yield from prefill_cases(op_table(mla_attention="triton+cudnn"), 16, "mla prefill, cudnn")
     if torch.cuda.get_device_capability() >= (8, 9):
@@ -376,9 +627,10 @@ def cases(ops: OpTable) -> Iterator[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ops", nargs="*", help='only these rows, e.g. "mla decode"')
-    parser.add_argument("--bandwidth", type=float, default=4.2e12, help="bytes per second that the GPU reads (default: H200)")
-    parser.add_argument("--flops", type=float, default=700e12, help="bfloat16 FLOP/s that the GPU reaches (default: H200)")
-    parser.add_argument("--sweep", nargs="?", const="all", choices=("decode", "prefill", "products", "all"), help="tune instead")
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes per second that the GPU reads (default: H200)")
+    parser.add_argument("--flops", type=float, default=FLOPS, help="bfloat16 FLOP/s that the GPU reaches (default: H200)")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="tune latent attention instead, and write the parameters there")
+    parser.add_argument("--sweep-products", action="store_true", help="tune float8 products instead")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device: these kernels are measured on a GPU", file=sys.stderr)
@@ -386,13 +638,10 @@ def main() -> int:
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {DTYPE}")
     if arguments.sweep:
-        if arguments.sweep in ("decode", "all"):
-            sweep_decode(16)
-            sweep_decode(128)
-        if arguments.sweep in ("prefill", "all"):
-            sweep_prefill()
-        if arguments.sweep in ("products", "all") and torch.cuda.get_device_capability() >= (8, 9):
-            sweep_products()
+        sweep(arguments.sweep)
+        return 0
+    if arguments.sweep_products:
+        sweep_products()
         return 0
     right = []
     for case in cases(op_table()):

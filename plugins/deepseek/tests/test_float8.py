@@ -23,12 +23,11 @@ PLUGINS = ("light_deepseek.hooks",)
 OPS = (
     "act_and_mul",
     "fused_experts_fp8_block",
+    "latent_attention",
     "linear",
     "linear_fp8_block",
-    "mla_attention",
     "rms_norm",
-    "route_experts",
-    "write_latent",
+    "route_tokens",
 )
 """What a model with kept weights is made of."""
 TINY = {
@@ -181,10 +180,16 @@ def test_kept_weights_come_close(folder: Path) -> None:
 
 @pytest.mark.gpu
 def test_kept_weights_on_the_gpu(folder: Path) -> None:
-    """The kernels give what the references give, and what bfloat16 gives but for the quantised activations."""
+    """The kernels give what bfloat16 gives but for the quantised activations.
+
+    The references of the ops, in bfloat16 and with inputs moved by half a unit in the last place, are off by 0.08 to 0.17 on
+    average over 150 draws, and by 0.06 to 0.13 at the median token: rounding turns a choice of experts here and there. A
+    scale of another block gives more than 0.3 and 0.19, a group that is left out more than 0.8.
+    """
     exact = prefill(load_model(folder, PLUGINS), PROMPT)
     found = prefill(load_model(folder, PLUGINS, "bfloat16", "cuda"), PROMPT)
-    assert (found - exact).abs().mean() / exact.std() < 0.12
+    error = (found - exact).abs().mean(-1) / exact.std()
+    assert error.mean() < 0.2 and error.median() < 0.15
 
 
 def test_a_kind_without_blocks_is_refused(folder: Path) -> None:

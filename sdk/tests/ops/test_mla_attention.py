@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from light_core.types import Step
 from light_sdk.ops.mla_attention import cpu, reference
-from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefillConfig, decode_config
+from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefillConfig, PrefixConfig, decode_config, stages_of
 
 TINY, ODD = (4, 16, 16, 8, 16), (5, 24, 12, 6, 20)
 """Heads, rank of the latents, key width without positions, rotary width, value width."""
@@ -25,37 +25,7 @@ MIXES = {
 }
 
 
-@dataclass
-class LatentBatch:
-    """A step, its queries, a pool of which only the slots in use are finite, and W_UK with W_UV; `out` is NaN."""
-
-    step: Step
-    out: torch.Tensor
-    q: torch.Tensor
-    cache: torch.Tensor
-    kv_b: torch.Tensor
-
-    @property
-    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Step]:
-        return self.out, self.q, self.cache, self.kv_b, self.step
-
-
-@pytest.fixture
-def make_latents(make_batch):
-    def make(decodes, prefills, sizes, dtype=torch.float32, device="cpu", max_seq_len=None) -> LatentBatch:
-        num_heads, rank, key_dim, rotary_dim, value_dim = sizes
-        heads = (num_heads, 1, rank + rotary_dim)
-        batch = make_batch(decodes, prefills, heads, dtype=dtype, device=device, max_seq_len=max_seq_len)
-        generator = torch.Generator().manual_seed(1)
-        q = torch.randn(batch.step.num_tokens, num_heads, key_dim + rotary_dim, generator=generator)
-        kv_b = torch.randn(num_heads, key_dim + value_dim, rank, generator=generator) * rank**-0.5
-        out = torch.full((len(q), num_heads, value_dim), float("nan"), dtype=dtype, device=device)
-        return LatentBatch(batch.step, out, q.to(device, dtype), batch.k_cache[:, 0], kv_b.to(device, dtype))
-
-    return make
-
-
-def dense(batch: LatentBatch, scale: float) -> torch.Tensor:
+def dense(batch, scale: float) -> torch.Tensor:
     """Float64, one head and one query at a time: keys and values made of each latent, then plain attention."""
     step, kv_b = batch.step, batch.kv_b.double()
     value_dim, rank = batch.out.shape[-1], kv_b.shape[-1]
@@ -91,7 +61,7 @@ def test_cpu_half(dtype, make_latents, tolerances) -> None:
     torch.testing.assert_close(batch.out.double(), dense(batch, 0.3), **{key: 2 * value for key, value in tolerances(dtype).items()})
 
 
-def check_kernel(batch: LatentBatch, tolerance: dict[str, float], scale: float = 0.3) -> None:
+def check_kernel(batch, tolerance: dict[str, float], scale: float = 0.3) -> None:
     from light_sdk.ops.mla_attention.kernel import mla_attention
 
     expected = torch.full_like(batch.out, float("nan"))
@@ -115,10 +85,11 @@ def test_kernel_half(dtype, make_latents, device, tolerances) -> None:
     check_kernel(batch, {key: 2 * value for key, value in tolerances(dtype).items()})
 
 
-@pytest.mark.parametrize("num_heads", [16, 20, 128])
+@pytest.mark.parametrize("num_heads", [16, 20, 36])
 def test_kernel_of_the_published_widths(num_heads, make_latents, device, tolerances) -> None:
-    """512 + 64 numbers a token; 20 heads leave a tile half empty, 128 take several."""
-    check_kernel(make_latents([37], [(20, 5)], (num_heads, *REAL[1:]), device=device), tolerances(torch.float32), scale=192**-0.5)
+    """512 + 64 numbers a token; 20 heads leave a tile half empty, 36 take several."""
+    mix = ([37], [(20, 5)]) if num_heads == 20 else ([37], [])
+    check_kernel(make_latents(*mix, (num_heads, *REAL[1:]), device=device), tolerances(torch.float32), scale=192**-0.5)
 
 
 @pytest.mark.gpu
@@ -149,16 +120,41 @@ def test_plan_covers_every_token_once(lens, make_latents, device) -> None:
 
     step = make_latents(lens, [], TINY, device=device).step
     plan = plan_decodes(step, TINY[0], TINY[1], SPLIT)
-    first = plan.first_items.tolist()
+    first = plan.first_parts.tolist()
     for b, length in enumerate(lens):
         end = 0
         for item in range(first[b], first[b + 1]):
-            request, begin, stop = plan.items[:, item].tolist()
-            assert (request, begin) == (b, end) and begin < stop
+            request, begin, stop, part, row = plan.items[:, item].tolist()
+            assert (request, begin, row) == (b, end, int(step.rows[b])) and begin < stop
+            assert part == (item if first[b + 1] - first[b] > 1 else -1)
             end = stop
         assert end == length
-    assert first[-1] <= plan.items.shape[1] and len(plan.partial) == (plan.items.shape[1] if plan.may_split else 1)
+    assert int(plan.counts[0]) == first[-1] <= plan.items.shape[1]
+    assert len(plan.partial) == (plan.items.shape[1] if plan.may_split else 1)
     assert plan_decodes(step, TINY[0], TINY[1], SPLIT) is plan, "layers share the plan of a step"
+
+
+@pytest.mark.parametrize(
+    ("lens", "waves", "longest"),
+    [
+        ([320] * 5, 13, 10),  # 100 blocks in 10 items of 10, not in 15 of 7: the last two would take as long as all others
+        ([160] * 13, 13, 10),  # one item each
+        ([160] * 14, 13, 10),  # more requests than programs
+        ([16] * 12 + [1600], 13, 9),  # one long request among short ones goes to all programs
+        ([1600], 13, 8),
+    ],
+    ids=str,
+)
+def test_items_end_together(lens, waves, longest, make_latents, device, monkeypatch) -> None:
+    """One item for each program where that takes less than twice as long as sharing all of them out to the block."""
+    from light_sdk.ops.mla_attention import plan as module
+
+    monkeypatch.setattr(module, "num_processors", lambda device: 1)
+    step = make_latents(lens, [], TINY, device=device).step
+    plan = module.plan_decodes(step, TINY[0], TINY[1], replace(SPLIT, waves=waves))
+    blocks = [-(-(end - begin) // 16) for begin, end in plan.items[1:3, : int(plan.counts[0])].T.tolist()]
+    assert sum(blocks) == sum(-(-length // 16) for length in lens) and max(blocks) == longest
+    assert len(blocks) <= max(waves, len(lens) + waves * (len(lens) >= waves))
 
 
 def test_padding_of_a_graph_is_finite(make_latents, device) -> None:
@@ -281,11 +277,19 @@ def test_tuned_parameters_are_complete() -> None:
     files = {file.name: json.loads(file.read_text()) for file in folder.iterdir()}
     heads = {f"{count}x{size}" for count in (16, 32, 64, 128) for size in (2, 4)}
     assert set(files["default.json"]["decode"]) == heads and set(files["default.json"]["prefill"]) == {"2", "4"}
+    assert set(files["default.json"]["prefix"]) == {"2", "4"}
     for kinds in files.values():
-        assert set(kinds) <= {"decode", "prefill"}
+        assert set(kinds) <= {"decode", "prefill", "prefix"}
         configs = [DecodeConfig(**values) for values in kinds.get("decode", {}).values()]
         configs += [PrefillConfig(**values) for values in kinds.get("prefill", {}).values()]
+        configs += [PrefixConfig(**values) for values in kinds.get("prefix", {}).values()]
         for config in configs:
             blocks = [getattr(config, name) for name in ("block_h", "block_m", "block_n", "num_warps") if hasattr(config, name)]
             assert all(value & (value - 1) == 0 for value in blocks)
     assert decode_config(torch.empty(1, 20, 192, dtype=torch.bfloat16)) == DecodeConfig(**files["default.json"]["decode"]["32x2"])
+
+
+def test_rows_that_cannot_be_copied_ahead() -> None:
+    """All operands of a kernel are copied ahead, or none is."""
+    assert stages_of(3, 128, 32, 48) == 3
+    assert stages_of(3, 72, 36, 48) == stages_of(3, 128, 32, 40) == 1

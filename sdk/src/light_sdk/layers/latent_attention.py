@@ -26,7 +26,7 @@ class LatentAttention(nn.Module):
 
     Parameters: `norm_weight` `[rank]`, of the norm of the latents; `kv_b_weight` `[num_heads * (key_dim + value_dim),
     rank]`, as checkpoints have it in `kv_b_proj`: it makes keys and values of latents, and serves both ways of
-    attending (see the op `mla_attention`).
+    attending (see the ops `latent_attention` and `mla_attention`).
 
     Args:
         model: the model being built.
@@ -58,9 +58,8 @@ class LatentAttention(nn.Module):
         self.scale = (key_dim + rotary_dim) ** -0.5 if scale is None else scale
         self.norm_weight = parameter(rank)
         self.kv_b_weight = parameter(num_heads * (key_dim + value_dim), rank)
-        self._write_latent = model.ops.select("write_latent", num_heads=num_heads, rank=rank, rotary_dim=rotary_dim)
         self._attention = model.ops.select(
-            "mla_attention", num_heads=num_heads, rank=rank, key_dim=key_dim, rotary_dim=rotary_dim, value_dim=value_dim
+            "latent_attention", num_heads=num_heads, rank=rank, key_dim=key_dim, rotary_dim=rotary_dim, value_dim=value_dim
         )
 
     def forward(self, q_THD: torch.Tensor, kv_TC: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
@@ -72,10 +71,8 @@ class LatentAttention(nn.Module):
             step: the step.
             kv: takes the latents at `step.slots`.
         """
-        cache_SC, slots, cos_sin_TR = kv[_PLANE], step.slots, shared_rotation(step)
-        q_THR = q_THD[..., self.key_dim :]
-        self._write_latent(q_THR, kv_TC, self.norm_weight, self.norm_eps, cos_sin_TR, self.interleaved, cache_SC, slots)
         out_THO = q_THD.new_empty((q_THD.shape[0], self.num_heads, self.value_dim))
         kv_b_HXL = self.kv_b_weight.view(self.num_heads, self.key_dim + self.value_dim, -1)
-        self._attention(out_THO, q_THD, cache_SC, kv_b_HXL, step, self.scale)
+        norm, rotation = (self.norm_weight, self.norm_eps), (shared_rotation(step), self.interleaved)
+        self._attention(out_THO, q_THD, kv_TC, *norm, *rotation, kv[_PLANE], kv_b_HXL, step, self.scale)
         return out_THO.flatten(1)

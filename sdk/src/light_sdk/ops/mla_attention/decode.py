@@ -1,9 +1,10 @@
 """Latent attention of decodes: absorbed queries against the latents themselves, split by load.
 
 A product with W_UK turns each head's query into one of L numbers, so that all heads attend to the same latents and a
-latent that was loaded serves as key and as value of all of them; a product with W_UV makes values of the sums. Between
-the two, three kernels: `plan.py` cuts requests into items, `_decode_kernel` attends one item for a tile of heads,
-`_combine_kernel` joins the items of requests that were split.
+latent that was loaded serves as key and as value of all of them; a product with W_UV makes values of the sums
+(`heads.py` has both). Between the two, `plan.py` cuts requests into items, once a step; `_decode_kernel` attends one item
+for a tile of heads, `_combine_kernel` joins the parts of requests that were split. Where `step.shared_prefixes` is there,
+what a group of requests shares is cut off, attended tile by tile in `prefix.py`, and joined as one more part of each.
 
 Bound by memory up to about 64 heads: 2 (L + R) bytes a token are read once. Beyond, the tiles of heads of an item run
 side by side and share its latents through the L2 cache. Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1.2 on
@@ -15,17 +16,22 @@ import triton
 import triton.language as tl
 
 from light_core.types import Step
-from light_sdk.ops.mla_attention.plan import plan_decodes
-from light_sdk.ops.mla_attention.tuning import DecodeConfig
+from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.mla_attention.heads import multiply_heads
+from light_sdk.ops.mla_attention.plan import plan_decodes, prefix_tiling
+from light_sdk.ops.mla_attention.prefix import attend_prefixes
+from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig, prefix_config, stages_of
 
 __all__ = ["attend_latents", "decode_attention"]
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-COMBINE_ITEMS = 16
-COMBINE_WIDTH = 128
+FEW_DECODES = 16
+COMBINED_OF_FEW, COMBINED_OF_MANY = (64, 64), (16, 512)
+"""Parts and columns that a program joins at a time: of up to `FEW_DECODES` requests, each of which may have hundreds of parts,
+and of more, where one program is enough for a request's head and a step that was not split has few to send home."""
 
 
-@triton.jit(do_not_specialize=["num_decodes", "rows_ptr", "items_stride"])
+@triton.jit(do_not_specialize=["items_stride"])
 def _decode_kernel(
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
@@ -33,9 +39,8 @@ def _decode_kernel(
     q_ptr: tl.tensor,
     q_rope_ptr: tl.tensor,
     cache_ptr: tl.tensor,
-    first_items_ptr: tl.tensor,
+    num_items_ptr: tl.tensor,
     items_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
     slot_table_ptr: tl.tensor,
     items_stride: tl.tensor,
     out_stride_t: tl.tensor,
@@ -46,7 +51,6 @@ def _decode_kernel(
     q_rope_stride_h: tl.tensor,
     cache_stride_s: tl.tensor,
     slot_table_stride: tl.tensor,
-    num_decodes: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     RANK: tl.constexpr,
@@ -55,21 +59,28 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """A grid of tiles of heads by items; the tiles of an item come one after another."""
+    release(DEPENDENT)
+    wait(DEPENDENT)
     item = tl.program_id(1)
-    if item >= tl.load(first_items_ptr + num_decodes):
+    # All at once, and before it is known whether there is such an item: one wait for memory instead of three.
+    num_items = tl.load(num_items_ptr)
+    request = tl.load(items_ptr + item)
+    begin = tl.load(items_ptr + items_stride + item)
+    end = tl.load(items_ptr + 2 * items_stride + item)
+    part = tl.load(items_ptr + 3 * items_stride + item)
+    slot_row = tl.load(items_ptr + 4 * items_stride + item)
+    if item >= num_items:
         return
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = heads < NUM_HEADS
     columns, turning = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_R)
     column_mask, turning_mask = columns < RANK, turning < ROTARY
 
-    request = tl.load(items_ptr + item)
-    begin = tl.load(items_ptr + items_stride + item)
-    end = tl.load(items_ptr + 2 * items_stride + item)
     token = request.to(tl.int64)
-    slots_ptr = slot_table_ptr + tl.load(rows_ptr + request).to(tl.int64) * slot_table_stride
+    slots_ptr = slot_table_ptr + slot_row.to(tl.int64) * slot_table_stride
 
     out_mask = head_mask[:, None] & column_mask[None, :]
     q = tl.load(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h + columns[None, :], mask=out_mask, other=0.0)
@@ -98,45 +109,51 @@ def _decode_kernel(
 
     # Without a token (padding of a graph) the result is 0, not 0 / 0.
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    if tl.load(first_items_ptr + request + 1) - tl.load(first_items_ptr + request) == 1:
+    if part < 0:
         out_rows = out_ptr + token * out_stride_t + heads[:, None] * out_stride_h + columns[None, :]
         tl.store(out_rows, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
     else:
-        cells = item.to(tl.int64) * NUM_HEADS + heads
+        cells = part.to(tl.int64) * NUM_HEADS + heads
         tl.store(partial_ptr + cells[:, None] * RANK + columns[None, :], acc, mask=out_mask)
         tl.store(lse_ptr + cells, highest + tl.log2(total), mask=head_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shared_ptr"])
 def _combine_kernel(
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     lse_ptr: tl.tensor,
-    first_items_ptr: tl.tensor,
+    first_parts_ptr: tl.tensor,
+    shared_ptr: tl.tensor,
     out_stride_t: tl.tensor,
     out_stride_h: tl.tensor,
+    HAS_SHARED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     RANK: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
-    """A grid of requests by heads by blocks of columns: a request's items, weighted by their sums of exponentials."""
-    request, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(first_items_ptr + request)
-    end = tl.load(first_items_ptr + request + 1)
+    """A grid of places by heads by blocks of columns: a request's parts, weighted by their sums of exponentials."""
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    place, head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(first_parts_ptr + place)
+    end = tl.load(first_parts_ptr + place + 1)
     if end - begin == 1:
         return
+    request = tl.load(shared_ptr + place) if HAS_SHARED else place
     columns = tl.program_id(2) * BLOCK_L + tl.arange(0, BLOCK_L)
     column_mask = columns < RANK
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_L], tl.float32)
-    for start in range(begin, end, BLOCK_ITEMS):
-        item = start + tl.arange(0, BLOCK_ITEMS)
-        item_mask = item < end
-        cells = item.to(tl.int64) * NUM_HEADS + head
-        lse = tl.load(lse_ptr + cells, mask=item_mask, other=float("-inf"))
-        mask = item_mask[:, None] & column_mask[None, :]
+    for start in range(begin, end, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        part_mask = part < end
+        cells = part.to(tl.int64) * NUM_HEADS + head
+        lse = tl.load(lse_ptr + cells, mask=part_mask, other=float("-inf"))
+        mask = part_mask[:, None] & column_mask[None, :]
         partial = tl.load(partial_ptr + cells[:, None] * RANK + columns[None, :], mask=mask, other=0.0)
         new_highest = tl.maximum(highest, tl.max(lse, axis=0))
         decay = tl.exp2(highest - new_highest)
@@ -156,17 +173,21 @@ def decode_attention(
     step: Step,
     scale: float,
     config: DecodeConfig,
+    prefixes: PrefixConfig | None = None,
 ) -> None:
     """Attention of the first `step.num_decodes` requests; the arguments are those of the op `mla_attention`.
 
-    The first call of a step adds its plan to `step.shared`. Never synchronises.
+    `prefixes` are the launch parameters for shared prefixes, those of the GPU if None. The first call of a step adds its
+    plan to `step.shared`. Never synchronises.
     """
+    (_, num_heads, _), rank = q_THD.shape, kv_b_HXL.shape[-1]
     num_decodes, key_dim = step.num_decodes, kv_b_HXL.shape[1] - out_THO.shape[-1]
     q_TDH = q_THD[:num_decodes]
-    q_latent_HTL = torch.bmm(q_TDH[..., :key_dim].transpose(0, 1), kv_b_HXL[:, :key_dim])
-    sums_HTL = torch.empty_like(q_latent_HTL)
-    attend_latents(sums_HTL.transpose(0, 1), q_latent_HTL.transpose(0, 1), q_TDH[..., key_dim:], latent_cache_SC, step, scale, config)
-    torch.bmm(sums_HTL, kv_b_HXL[:, key_dim:].transpose(1, 2), out=out_THO[:num_decodes].transpose(0, 1))
+    q_latent_THL = q_THD.new_empty((num_decodes, num_heads, rank))
+    multiply_heads(q_latent_THL, q_TDH[..., :key_dim], kv_b_HXL[:, :key_dim].transpose(1, 2))
+    sums_THL = torch.empty_like(q_latent_THL)
+    attend_latents(sums_THL, q_latent_THL, q_TDH[..., key_dim:], latent_cache_SC, step, scale, config, prefixes)
+    multiply_heads(out_THO[:num_decodes], sums_THL, kv_b_HXL[:, key_dim:])
 
 
 def attend_latents(
@@ -177,6 +198,7 @@ def attend_latents(
     step: Step,
     scale: float,
     config: DecodeConfig,
+    prefixes: PrefixConfig | None = None,
 ) -> None:
     """Absorbed queries against latents, for the first `step.num_decodes` requests.
 
@@ -188,10 +210,16 @@ def attend_latents(
         step: which slots belong to which request.
         scale: of the scores.
         config: launch parameters.
+        prefixes: those for shared prefixes; None takes those of the GPU.
     """
     (_, num_heads, rank), rotary_dim = q_THL.shape, q_rope_THR.shape[-1]
     assert q_THL.stride(-1) == q_rope_THR.stride(-1) == latent_cache_SC.stride(-1) == out_THL.stride(-1) == 1
-    plan = plan_decodes(step, num_heads, rank, config)
+    tiling = None
+    if step.shared_prefixes is not None:
+        tiling = prefix_tiling(step, num_heads, prefixes or prefix_config(q_THL))
+    plan = plan_decodes(step, num_heads, rank, config, tiling)
+    if tiling is not None:
+        attend_prefixes(plan, q_THL, q_rope_THR, latent_cache_SC, step, scale, tiling)
     _decode_kernel[(triton.cdiv(num_heads, config.block_h), plan.items.shape[1])](
         out_THL,
         plan.partial,
@@ -199,9 +227,8 @@ def attend_latents(
         q_THL,
         q_rope_THR,
         latent_cache_SC,
-        plan.first_items,
+        plan.counts,
         plan.items,
-        step.rows,
         step.slot_table,
         plan.items.stride(0),
         out_THL.stride(0),
@@ -212,7 +239,6 @@ def attend_latents(
         q_rope_THR.stride(1),
         latent_cache_SC.stride(0),
         step.slot_table.stride(0),
-        step.num_decodes,
         scale,
         NUM_HEADS=num_heads,
         RANK=rank,
@@ -222,20 +248,26 @@ def attend_latents(
         BLOCK_L=max(16, triton.next_power_of_2(rank)),
         BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=stages_of(config.num_stages, latent_cache_SC.stride(0)),
+        **dependent(q_THL.device),
     )
-    if plan.may_split:
-        block_l = min(COMBINE_WIDTH, triton.next_power_of_2(rank))
-        _combine_kernel[(step.num_decodes, num_heads, triton.cdiv(rank, block_l))](
-            out_THL,
-            plan.partial,
-            plan.lse,
-            plan.first_items,
-            out_THL.stride(0),
-            out_THL.stride(1),
-            NUM_HEADS=num_heads,
-            RANK=rank,
-            BLOCK_ITEMS=COMBINE_ITEMS,
-            BLOCK_L=block_l,
-            num_warps=4,
-        )
+    if not plan.may_split:
+        return
+    block_parts, columns = COMBINED_OF_FEW if step.num_decodes <= FEW_DECODES else COMBINED_OF_MANY
+    block_l = min(triton.next_power_of_2(rank), columns)
+    _combine_kernel[(step.num_decodes, num_heads, triton.cdiv(rank, block_l))](
+        out_THL,
+        plan.partial,
+        plan.lse,
+        plan.first_parts,
+        plan.first_parts if step.shared_prefixes is None or tiling is None else step.shared_prefixes,
+        out_THL.stride(0),
+        out_THL.stride(1),
+        HAS_SHARED=tiling is not None,
+        NUM_HEADS=num_heads,
+        RANK=rank,
+        BLOCK_PARTS=block_parts,
+        BLOCK_L=block_l,
+        num_warps=4,
+        **dependent(q_THL.device),
+    )

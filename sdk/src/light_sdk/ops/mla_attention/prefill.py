@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from light_core.types import Step
-from light_sdk.ops.mla_attention.tuning import PrefillConfig
+from light_sdk.ops.mla_attention.tuning import PrefillConfig, stages_of
 
 __all__ = ["MAX_PIECE_LEN", "Piece", "cut_prefixes", "fitting_piece_len", "plan_pieces", "prefill_attention"]
 
@@ -388,5 +388,5 @@ def _attend_piece(
         BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
         BLOCK_O=max(16, triton.next_power_of_2(value_dim)),
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=stages_of(config.num_stages, kv_NHX.stride(0), kv_NHX.stride(1), rope_NR.stride(0)),
     )

@@ -1,7 +1,7 @@
 """Launch parameters of the latent-attention kernels: data files in `configs/`, named by GPU, read once.
 
 A file maps "decode" to parameters by "{heads}x{bytes}", the heads rounded up to a power of two from 16 to 128 and the
-size of an element, and "prefill" by the size of an element. `default.json` has every key, chosen to fit the smallest
+size of an element, and "prefill" and "prefix" by the size of an element. `default.json` has every key, chosen to fit the smallest
 shared memory of compute capability 8 (99 KiB); what a GPU's own file lacks comes from there.
 `sdk/benchmarks/mla.py --sweep` finds them.
 """
@@ -13,7 +13,7 @@ import torch
 
 from light_sdk.ops.tuning import device_name, tuned_parameters
 
-__all__ = ["DecodeConfig", "PrefillConfig", "decode_config", "prefill_config"]
+__all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config", "stages_of"]
 
 PACKAGE = "light_sdk.ops.mla_attention"
 FEWEST_HEADS, MOST_HEADS = 16, 128
@@ -28,7 +28,8 @@ class DecodeConfig:
             after the first find its latents in the L2 cache.
         block_n: tokens of one iteration, a power of two from 16.
         num_warps, num_stages: as Triton has them.
-        waves: programs to aim at when requests are split, in multiples of the GPU's processors.
+        waves: programs to aim at when requests are split, in multiples of the GPU's processors: as many as run on one at
+            a time.
         min_blocks: a request is never split into parts of fewer blocks than these.
     """
 
@@ -56,6 +57,27 @@ class PrefillConfig:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixConfig:
+    """Of the kernel for shared prefixes of decodes.
+
+    Attributes:
+        block_m: rows of a tile, requests times heads, a power of two from 16.
+        block_n: tokens of one iteration, a power of two from 16.
+        num_warps, num_stages: as Triton has them.
+        waves: programs to aim at when tiles are split, in multiples of the GPU's processors: as many as run on one at a
+            time.
+        min_blocks: a tile is never split into parts of fewer blocks than these.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    waves: int
+    min_blocks: int
+
+
 def decode_config(q_THD: torch.Tensor) -> DecodeConfig:
     """Parameters for queries like `q_THD` on its device."""
     heads = min(max(1 << (q_THD.shape[1] - 1).bit_length(), FEWEST_HEADS), MOST_HEADS)
@@ -67,6 +89,23 @@ def prefill_config(q_THD: torch.Tensor) -> PrefillConfig:
     return _prefill_config(device_name(q_THD.device), str(q_THD.element_size()))
 
 
+def prefix_config(q_THD: torch.Tensor) -> PrefixConfig:
+    """As `decode_config`, for shared prefixes."""
+    return _prefix_config(device_name(q_THD.device), str(q_THD.element_size()))
+
+
+def stages_of(num_stages: int, *strides: int) -> int:
+    """`num_stages` for a kernel whose operands' rows, with these strides, Triton can all copy to shared memory ahead of time;
+    else 1.
+
+    It can where they begin at multiples of 16 elements. Where it does so for one operand of products and not for another,
+    threads meet at a barrier before the fence that Hopper's tensor cores need, not behind it (Triton 3.6 and 3.9), so that it
+    may not cover what others have stored. A model with heads of 24 and 12 beside latents of 40 + 8, the only one with such a
+    kernel, came out wrong on an H200.
+    """
+    return num_stages if all(stride % 16 == 0 for stride in strides) else 1
+
+
 @functools.cache
 def _decode_config(name: str, key: str) -> DecodeConfig:
     return DecodeConfig(**_parameters(name, "decode", key))
@@ -75,6 +114,11 @@ def _decode_config(name: str, key: str) -> DecodeConfig:
 @functools.cache
 def _prefill_config(name: str, key: str) -> PrefillConfig:
     return PrefillConfig(**_parameters(name, "prefill", key))
+
+
+@functools.cache
+def _prefix_config(name: str, key: str) -> PrefixConfig:
+    return PrefixConfig(**_parameters(name, "prefix", key))
 
 
 def _parameters(name: str, kind: str, key: str) -> dict[str, int]:

@@ -1,10 +1,44 @@
-"""`write_latent` in Triton: one program a token. Bound by memory; offsets into the pool are int64."""
+"""`write_latent` in Triton: one program a token. Bound by memory; offsets into the pool are int64. Starts before the product
+that it reads has ended (`light_sdk.ops.dependent`)."""
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["write_latent"]
+from light_sdk.ops.dependent import dependent, release, wait
+
+__all__ = ["write_latent", "write_row"]
+
+
+@triton.jit
+def write_row(
+    cache_row: tl.tensor,
+    kv_row: tl.tensor,
+    weight: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    eps: tl.tensor,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+) -> None:
+    """Latent and rotary key of one token, from `kv_row` to `cache_row`; `weight` float32 [BLOCK_L], `cos` and `sin`
+    [BLOCK_HALF]."""
+    columns, pairs = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_HALF)
+    mask, pair_mask = columns < RANK, pairs < HALF
+    x = tl.load(kv_row + columns, mask=mask, other=0.0)
+    value = x.to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, axis=0) / RANK + eps)
+    latent = (value.to(x.dtype).to(tl.float32) * weight).to(x.dtype)
+    tl.store(cache_row + columns, latent.to(cache_row.dtype.element_ty), mask=mask)
+    first = 2 * pairs if INTERLEAVED else pairs
+    second = first + 1 if INTERLEAVED else first + HALF
+    a = tl.load(kv_row + RANK + first, mask=pair_mask, other=0.0).to(tl.float32)
+    b = tl.load(kv_row + RANK + second, mask=pair_mask, other=0.0).to(tl.float32)
+    tl.store(cache_row + RANK + first, (a * cos - b * sin).to(x.dtype).to(cache_row.dtype.element_ty), mask=pair_mask)
+    tl.store(cache_row + RANK + second, (b * cos + a * sin).to(x.dtype).to(cache_row.dtype.element_ty), mask=pair_mask)
 
 
 @triton.jit
@@ -28,32 +62,24 @@ def _write_latent_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     t = tl.program_id(0).to(tl.int64)
-    kv_row = kv_ptr + t * kv_stride_t
-    cache_row = cache_ptr + tl.load(slots_ptr + t).to(tl.int64) * cache_stride_s
+    columns = tl.arange(0, BLOCK_L)
+    mask = columns < RANK
+    release(DEPENDENT)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
     pairs = tl.arange(0, BLOCK_HALF)
     pair_mask = pairs < HALF
     cos = tl.load(cos_sin_ptr + t * cos_sin_stride_t + pairs, mask=pair_mask, other=0.0)
     sin = tl.load(cos_sin_ptr + t * cos_sin_stride_t + HALF + pairs, mask=pair_mask, other=0.0)
+    cache_row = cache_ptr + tl.load(slots_ptr + t).to(tl.int64) * cache_stride_s
+    write_row(cache_row, kv_ptr + t * kv_stride_t, weight, cos, sin, eps, RANK, HALF, INTERLEAVED, BLOCK_L, BLOCK_HALF)
+
     # The places of a pair within R dimensions.
     first = 2 * pairs if INTERLEAVED else pairs
     second = first + 1 if INTERLEAVED else first + HALF
-
-    columns = tl.arange(0, BLOCK_L)
-    mask = columns < RANK
-    x = tl.load(kv_row + columns, mask=mask, other=0.0)
-    value = x.to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value, axis=0) / RANK + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    latent = (value.to(x.dtype).to(tl.float32) * weight).to(x.dtype)
-    tl.store(cache_row + columns, latent.to(cache_ptr.dtype.element_ty), mask=mask)
-
-    a = tl.load(kv_row + RANK + first, mask=pair_mask, other=0.0).to(tl.float32)
-    b = tl.load(kv_row + RANK + second, mask=pair_mask, other=0.0).to(tl.float32)
-    tl.store(cache_row + RANK + first, (a * cos - b * sin).to(x.dtype).to(cache_ptr.dtype.element_ty), mask=pair_mask)
-    tl.store(cache_row + RANK + second, (b * cos + a * sin).to(x.dtype).to(cache_ptr.dtype.element_ty), mask=pair_mask)
-
     heads = tl.arange(0, BLOCK_H)[:, None]
     head_mask = (heads < NUM_HEADS) & pair_mask[None, :]
     q_rows = q_ptr + t * q_stride_t + heads * q_stride_h
@@ -101,4 +127,5 @@ def write_latent(
         BLOCK_L=triton.next_power_of_2(rank),
         BLOCK_HALF=block_half,
         num_warps=min(max(block_h * block_half // 256, 2), 8),
+        **dependent(q_THR.device),
     )

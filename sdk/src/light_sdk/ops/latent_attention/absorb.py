@@ -1,0 +1,156 @@
+"""One kernel between the first product of latent attention and attention itself, for decodes.
+
+    q_latent[t, h] = q[t, h, : P] W_UK[h]        q[t, h, P :] turned        latent and rotary key of t into the pool
+
+All three read nothing but that product and weights, so they run side by side: programs for blocks of a head's outputs, of
+which the first also turns the head's queries, and programs that each write some tokens' latents. Bound by reading W_UK,
+which is brought to L2 while the kernel before still runs (`light_sdk.ops.dependent`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.mla_attention.heads import HeadBlocks, multiply_block, prefetch_block
+from light_sdk.ops.mla_attention.tuning import stages_of
+from light_sdk.ops.write_latent.kernel import write_row
+
+__all__ = ["absorb_queries"]
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _absorb_kernel(
+    out_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    cos_sin_ptr: tl.tensor,
+    cache_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    out_stride_t: tl.tensor,
+    out_stride_h: tl.tensor,
+    q_stride_t: tl.tensor,
+    q_stride_h: tl.tensor,
+    kv_stride_t: tl.tensor,
+    cos_sin_stride_t: tl.tensor,
+    cache_stride_s: tl.tensor,
+    weight_stride_h: tl.tensor,
+    weight_stride_k: tl.tensor,
+    eps: tl.tensor,
+    RANK: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    STEP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> None:
+    """A grid of blocks of outputs, and one more for the latents, by heads by blocks of tokens."""
+    block, last = tl.program_id(0), tl.num_programs(0) - 1
+    head, first_token = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_T
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight = weight_ptr + head * weight_stride_h
+    pairs = tl.arange(0, BLOCK_HALF)
+    pair_mask = pairs < HALF
+    release(DEPENDENT)
+    if DEPENDENT:
+        prefetch_block(weight, block * BLOCK_N, 1, weight_stride_k, RANK, KEY_DIM, False, BLOCK_N, PADDED_K, STEP)
+    wait(DEPENDENT)
+    if block == last:
+        columns = tl.arange(0, BLOCK_L)
+        norm = tl.load(norm_ptr + columns, mask=columns < RANK, other=0.0).to(tl.float32)
+        for token in range(tl.program_id(1), tl.minimum(BLOCK_T, num_tokens - first_token), tl.num_programs(1)):
+            t = first_token.to(tl.int64) + token
+            cos = tl.load(cos_sin_ptr + t * cos_sin_stride_t + pairs, mask=pair_mask, other=0.0)
+            sin = tl.load(cos_sin_ptr + t * cos_sin_stride_t + HALF + pairs, mask=pair_mask, other=0.0)
+            cache_row = cache_ptr + tl.load(slots_ptr + t).to(tl.int64) * cache_stride_s
+            write_row(cache_row, kv_ptr + t * kv_stride_t, norm, cos, sin, eps, RANK, HALF, INTERLEAVED, BLOCK_L, BLOCK_HALF)
+    else:
+        t = first_token + tl.arange(0, BLOCK_T)
+        q_head, out_head = q_ptr + head * q_stride_h, out_ptr + head * out_stride_h
+        multiply_block(
+            out_head, q_head, weight, t, n, num_tokens, out_stride_t, q_stride_t, 1, weight_stride_k,
+            RANK, KEY_DIM, BLOCK_T, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if block == 0:
+            mask = (t < num_tokens)[:, None] & pair_mask[None, :]
+            angles = cos_sin_ptr + t.to(tl.int64)[:, None] * cos_sin_stride_t + pairs[None, :]
+            cos = tl.load(angles, mask=mask, other=0.0)
+            sin = tl.load(angles + HALF, mask=mask, other=0.0)
+            first = 2 * pairs if INTERLEAVED else pairs
+            distance: tl.constexpr = 1 if INTERLEAVED else HALF
+            places = q_head + t.to(tl.int64)[:, None] * q_stride_t + KEY_DIM + first[None, :]
+            a = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(places + distance, mask=mask, other=0.0).to(tl.float32)
+            tl.store(places, (a * cos - b * sin).to(q_ptr.dtype.element_ty), mask=mask)
+            tl.store(places + distance, (b * cos + a * sin).to(q_ptr.dtype.element_ty), mask=mask)
+
+
+def absorb_queries(
+    out_THL: torch.Tensor,
+    q_THD: torch.Tensor,
+    kv_TC: torch.Tensor,
+    weight_L: torch.Tensor,
+    eps: float,
+    cos_sin_TR: torch.Tensor,
+    interleaved: bool,
+    latent_cache_SC: torch.Tensor,
+    slots_T: torch.Tensor,
+    w_uk_HPL: torch.Tensor,
+) -> None:
+    """Queries times W_UK; and what the op `write_latent` does.
+
+    Args:
+        out_THL: `[T, H, L]`, overwritten.
+        q_THD: `[T, H, P + R]`; the last R are turned in place. As of the others, its last dimension is dense.
+        kv_TC, weight_L, eps, cos_sin_TR, interleaved, latent_cache_SC, slots_T: as those of the op `write_latent`.
+        w_uk_HPL: `[H, P, L]`.
+    """
+    (num_tokens, num_heads, rank), key_dim = out_THL.shape, w_uk_HPL.shape[1]
+    half = cos_sin_TR.shape[-1] // 2
+    tensors = (out_THL, q_THD, kv_TC, cos_sin_TR, latent_cache_SC, w_uk_HPL, weight_L)
+    assert all(tensor.stride(-1) == 1 for tensor in tensors)
+    blocks = HeadBlocks.fit(num_tokens, num_heads, rank, key_dim, False)
+    _absorb_kernel[(triton.cdiv(rank, blocks.n) + 1, num_heads, triton.cdiv(num_tokens, blocks.t))](
+        out_THL,
+        q_THD,
+        kv_TC,
+        weight_L,
+        cos_sin_TR,
+        latent_cache_SC,
+        slots_T,
+        w_uk_HPL,
+        num_tokens,
+        out_THL.stride(0),
+        out_THL.stride(1),
+        q_THD.stride(0),
+        q_THD.stride(1),
+        kv_TC.stride(0),
+        cos_sin_TR.stride(0),
+        latent_cache_SC.stride(0),
+        w_uk_HPL.stride(0),
+        w_uk_HPL.stride(1),
+        eps,
+        RANK=rank,
+        KEY_DIM=key_dim,
+        HALF=half,
+        INTERLEAVED=interleaved,
+        BLOCK_L=triton.next_power_of_2(rank),
+        BLOCK_HALF=triton.next_power_of_2(half),
+        BLOCK_T=blocks.t,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        PADDED_K=blocks.padded_k,
+        STEP=blocks.step,
+        num_warps=4,
+        num_stages=stages_of(3, q_THD.stride(0), q_THD.stride(1), w_uk_HPL.stride(0), w_uk_HPL.stride(1)),
+        **dependent(q_THD.device),
+    )

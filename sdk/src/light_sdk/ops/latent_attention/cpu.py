@@ -1,0 +1,28 @@
+"""`latent_attention` on CPUs: `write_latent` as its reference has it, then `mla_attention` for CPUs."""
+
+import torch
+
+from light_core.types import Step
+from light_sdk.ops.mla_attention.cpu import mla_attention
+from light_sdk.ops.write_latent.reference import write_latent
+
+__all__ = ["latent_attention"]
+
+
+def latent_attention(
+    out_THO: torch.Tensor,
+    q_THD: torch.Tensor,
+    kv_TC: torch.Tensor,
+    weight_L: torch.Tensor,
+    eps: float,
+    cos_sin_TR: torch.Tensor,
+    interleaved: bool,
+    latent_cache_SC: torch.Tensor,
+    kv_b_HXL: torch.Tensor,
+    step: Step,
+    scale: float,
+) -> None:
+    """As the reference."""
+    key_dim = kv_b_HXL.shape[1] - out_THO.shape[-1]
+    write_latent(q_THD[..., key_dim:], kv_TC, weight_L, eps, cos_sin_TR, interleaved, latent_cache_SC, step.slots)
+    mla_attention(out_THO, q_THD, latent_cache_SC, kv_b_HXL, step, scale)
