@@ -5,14 +5,13 @@ import numpy as np
 from light_core.engine.requests import EngineRequest
 from light_core.sampling_params import SamplingParams
 from light_core.scheduler import Scheduler
-from light_core.scheduler.pacing import MULTIPLE
 
-EOS = 2
+EOS, MULTIPLE = 2, 128
 
 
-def create(paced: bool = True, **options: object) -> Scheduler:
+def create(pace: int | None = MULTIPLE, **options: object) -> Scheduler:
     settings = {"num_slots": 500_000, "max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 8192, **options}
-    return Scheduler(paced=paced, **settings)  # type: ignore[arg-type]
+    return Scheduler(pace=pace, **settings)  # type: ignore[arg-type]
 
 
 def add(scheduler: Scheduler, lens: list[tuple[int, int]], stops: frozenset[int] = frozenset()) -> None:
@@ -44,7 +43,7 @@ def mixed(count: int = 400) -> list[tuple[int, int]]:
 def test_prompts_are_spread_over_the_steps_that_the_longest_output_takes() -> None:
     lens = mixed()
     longest, tokens = lens[0][1], sum(prompt + output for prompt, output in lens)
-    at_once, paced = create(paced=False), create()
+    at_once, paced = create(pace=None), create()
     add(at_once, lens)
     add(paced, lens)
     before, after = step_sizes(at_once), step_sizes(paced)
@@ -81,7 +80,7 @@ def test_what_would_make_the_batch_longer_is_let_in_at_once() -> None:
 
 def test_equal_outputs_are_planned_as_ever() -> None:
     lens = [(300, 40)] * 300
-    at_once, paced = create(paced=False), create()
+    at_once, paced = create(pace=None), create()
     add(at_once, lens)
     add(paced, lens)
     assert step_sizes(at_once) == step_sizes(paced)

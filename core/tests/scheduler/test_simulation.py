@@ -15,7 +15,7 @@ import pytest
 
 from light_core.engine.requests import EngineRequest, TokenUpdate
 from light_core.sampling_params import SamplingParams
-from light_core.scheduler import Scheduler, StepPlan, pacing, sharing
+from light_core.scheduler import Scheduler, StepPlan, sharing
 
 MASK = 2**64 - 1
 VOCAB = 40
@@ -162,7 +162,7 @@ class Case:
     depth: int
     caching: bool = True
     max_shared_len: int | None = None
-    paced: bool = False
+    pace: int | None = None
     abort: float = 0.02
     error: float = 0.01
     max_live: int = 24
@@ -181,7 +181,7 @@ class Driver:
             max_model_len=case.max_len,
             enable_prefix_caching=case.caching,
             max_shared_len=case.max_shared_len,
-            paced=case.paced,
+            pace=case.pace,
         )
         self.max_shared_len = case.max_len if case.max_shared_len is None else case.max_shared_len
         self.device = Device(case.num_slots, case.max_num_seqs, case.max_len, self.max_shared_len)
@@ -335,12 +335,12 @@ class Driver:
 
 
 CASES = {
-    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, paced=True, steps=80_000),
+    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, pace=2, steps=80_000),
     "tight": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1),
     "tight-sync": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=0),
     "tiny": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=1),
     "tiny-sync": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=0),
-    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3, paced=True),
+    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3, pace=2),
     "no-cache": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1, caching=False),
     "length-bound-kv": Case(num_slots=120, max_num_seqs=12, budget=24, max_len=60, depth=1, max_shared_len=18),
     "one-row": Case(num_slots=70, max_num_seqs=1, budget=5, max_len=50, depth=1),
@@ -349,11 +349,10 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the short prefixes of these cases count as shared, and their small steps as large enough."""
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the short prefixes of these cases count as shared."""
     for name, value in (("MIN_MEMBERS", 2), ("MIN_SHARED_LEN", 3), ("MIN_SAVED", 3)):
         monkeypatch.setattr(sharing, name, value)
-    monkeypatch.setattr(pacing, "MULTIPLE", 2)
 
 
 def drive(name: str, seeds: range, steps: int) -> None:

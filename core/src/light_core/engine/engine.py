@@ -17,19 +17,19 @@ import numpy as np
 import torch
 
 from light_core.config import EngineConfig
-from light_core.engine.loading import Resolved, bind_model, resolve_model
-from light_core.engine.media import EngineMedia
+from light_core.engine.ahead import compile_ahead
+from light_core.engine.assembly import create_runner, vocab_size
+from light_core.engine.device_start import start_device
+from light_core.engine.loading import bind_model, resolve_model
 from light_core.engine.memory import MemoryBudget, cpu_budget, pool_slots
 from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
-from light_core.engine.runner import Launched, ModelRunner
-from light_core.engine.sampling import STATUS_TEXT, Sampler
+from light_core.engine.runner import Launched
+from light_core.engine.sampling import STATUS_TEXT
 from light_core.engine.weights import fill_dummy, finish_loading, load_weights
 from light_core.errors import RequestError
 from light_core.kv.layout import bytes_per_token
 from light_core.media.places import media_kinds
-from light_core.ops import OpTable
-from light_core.plugins import ModelRuntime, PluginRef, chat_spec, describe_machine, plugin_tokenizer
-from light_core.plugins.loading import create_kernel_registry
+from light_core.plugins import PluginRef, chat_spec, plugin_tokenizer
 from light_core.sampling_params import SamplingParams
 from light_core.scheduler import Scheduler
 from light_core.server.client import ModelCard
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 NO_TOKENS = np.zeros(0, np.int32)
+PACE = 128  # tokens: rows of a tile of matrix products on a GPU; on CPUs no pace was faster than none
 PROFILE_SLOTS = 2  # slots of the KV pool while memory is measured
 
 
@@ -64,27 +65,24 @@ class Engine:
         began = time.perf_counter()
         self.config, self._progress = config, progress or (lambda phase, share: None)
         self._progress("plugins", 0.0)
+        starting = start_device(config.device)
         self.resolved = resolved = resolve_model(config, refs)
-        self.runtime = bind_model(resolved, config)
-        logger.info("model %s, family %s by plugin %s", resolved.files.folder, resolved.family.name, self.runtime.plugin)
-        logger.info("device %s, dtype %s, max_model_len %d", resolved.device, resolved.dtype, resolved.limits.max_model_len)
-        if self.runtime.media_encoders:
-            self._progress("media", 0.0)
-        self._load_weights()
-        sampler_ops = _sampler_ops(resolved, config)
-        self.vocab_size = _vocab_size(self.runtime)
-        sampler = Sampler(sampler_ops, resolved.limits.max_num_seqs, self.vocab_size, resolved.device)
-        # Uses of one op that differ in shape alone are told once.
-        self.kernels = list(dict.fromkeys(map(str, (*self.runtime.choices, *sampler_ops.freeze()))))
-        for choice in self.kernels:
-            logger.info("kernel %s", choice)
-        self.media = self._create_media()
-        self.runner = ModelRunner(
-            self.runtime, sampler, not config.enforce_eager, groups_decodes=config.enable_prefix_caching, media=self.media
-        )
-        num_slots = self._size_pool()
-        for share in self.runner.capture():
-            self._progress("graphs", share)
+        with compile_ahead(resolved, config) as ahead:
+            self.runtime = bind_model(resolved, config)
+            self._tell_model()
+            self._load_weights()
+            self.runner, sampler_choices = create_runner(self.runtime, resolved, config)
+            self.media, self.vocab_size = self.runner.media, vocab_size(self.runtime)
+            # Uses of one op that differ in shape alone are told once.
+            self.kernels = list(dict.fromkeys(map(str, (*self.runtime.choices, *sampler_choices))))
+            for choice in self.kernels:
+                logger.info("kernel %s", choice)
+            starting.join()
+            if ahead is not None:
+                ahead.collect()
+            num_slots = self._size_pool()
+            for share in self.runner.capture():
+                self._progress("graphs", share)
         self.scheduler = Scheduler(
             num_slots=num_slots,
             max_num_seqs=resolved.limits.max_num_seqs,
@@ -92,10 +90,10 @@ class Engine:
             max_model_len=resolved.limits.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             max_shared_len=self.runtime.kv_layout.max_shared_len,
-            paced=paced,
+            pace=PACE if paced and resolved.device.startswith("cuda") else None,
         )
-        ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
-        self._depth = 1 if ahead else 0
+        is_ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
+        self._depth = 1 if is_ahead else 0
         self._launched: deque[Launched] = deque()
         # Of requests whose prompt is under way, and who has been told theirs.
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
@@ -104,6 +102,13 @@ class Engine:
         self.startup_s = time.perf_counter() - began
 
     # ------------------------------------------------------------------------------------ loading
+
+    def _tell_model(self) -> None:
+        resolved, runtime = self.resolved, self.runtime
+        logger.info("model %s, family %s by plugin %s", resolved.files.folder, resolved.family.name, runtime.plugin)
+        logger.info("device %s, dtype %s, max_model_len %d", resolved.device, resolved.dtype, resolved.limits.max_model_len)
+        if runtime.media_encoders:
+            self._progress("media", 0.0)
 
     def _read_end_tokens(self) -> frozenset[int]:
         """End-of-sequence tokens; of a tokenizer that is elsewhere only if that is a local folder."""
@@ -123,13 +128,6 @@ class Engine:
         finish_loading(modules)
         self._progress("weights", 1.0)
         logger.info("weights ready in %.1f s", time.perf_counter() - began)
-
-    def _create_media(self) -> EngineMedia | None:
-        encoders, limits = self.runtime.media_encoders, self.resolved.limits
-        if not encoders:
-            return None
-        device, cache_bytes = torch.device(self.resolved.device), self.config.media_cache_bytes
-        return EngineMedia(encoders, self.vocab_size, device, limits.max_num_batched_tokens, cache_bytes)
 
     def _size_pool(self) -> int:
         """Measures what is left for KV, takes it, and returns the number of slots."""
@@ -246,7 +244,7 @@ class Engine:
         """Hands requests with media to the scheduler, as far as their items are encoded; returns the ends of those whose
         items cannot be."""
         assert self.media is not None
-        ready, refused = self.media.encode_waiting(self.scheduler.cached_len)
+        ready, refused = self.media.encode_waiting(self.scheduler.cached_len, self.scheduler.has_decodes)
         for request in ready:
             self.scheduler.add(request)
         updates = []
@@ -363,14 +361,3 @@ class Engine:
             module.to("meta")
         if self.resolved.device.startswith("cuda"):
             torch.cuda.empty_cache()
-
-
-def _sampler_ops(resolved: Resolved, config: EngineConfig) -> OpTable:
-    """An op table of the sampler's own: the model's is frozen when it is bound."""
-    return OpTable(create_kernel_registry(resolved.plugins), describe_machine(resolved.device), resolved.dtype, config.kernels)
-
-
-def _vocab_size(runtime: ModelRuntime) -> int:
-    config = runtime.model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.vocab_size)

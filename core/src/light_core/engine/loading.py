@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from light_core.config import EngineConfig
 from light_core.engine.model_files import ModelFiles, read_config, resolve_dtype, resolve_folder, resolve_max_model_len, text_files
 from light_core.errors import ConfigError, ModelError
+from light_core.ops import Machine
 from light_core.plugins import (
     LoadedPlugins,
     ModelRuntime,
@@ -67,12 +68,13 @@ def resolve_device(asked: str) -> str:
     return "cpu"
 
 
-def resolve_model(config: EngineConfig, refs: Sequence[PluginRef] | None = None) -> Resolved:
+def resolve_model(config: EngineConfig, refs: Sequence[PluginRef] | None = None, device: str | None = None) -> Resolved:
     """Loads the plugins, finds the model and settles device, dtype and limits. Downloads a hub id.
 
     Args:
         config: what is to be served.
         refs: plugins that another process resolved; None resolves `config.model_plugin` here.
+        device: "cpu" or "cuda:0", which need not be there; None finds it by `config.device`.
 
     Raises:
         LightError: any of it cannot be done; the message says why.
@@ -84,7 +86,7 @@ def resolve_model(config: EngineConfig, refs: Sequence[PluginRef] | None = None)
     files = read_config(folder, config.hf_overrides)
     family = resolve_family(files.architectures, plugins)
     quantization = resolve_quantization(files, family)
-    device = resolve_device(config.device)
+    device = device or resolve_device(config.device)
     text = text_files(files, family)
     limits = _limits(config, resolve_max_model_len(text, config.max_model_len), device)
     return Resolved(plugins, files, family, device, resolve_dtype(text, config.dtype, device), limits, quantization)
@@ -115,8 +117,9 @@ def _limits(config: EngineConfig, max_model_len: int, device: str) -> Limits:
     return Limits(max_model_len, min(config.max_num_seqs or seqs, tokens), tokens)
 
 
-def bind_model(resolved: Resolved, config: EngineConfig, device: str | None = None) -> ModelRuntime:
-    """Binds the hooks' answers on the resolved device, or on `device` ("meta": shapes and kernels only)."""
+def bind_model(resolved: Resolved, config: EngineConfig, device: str | None = None, machine: Machine | None = None) -> ModelRuntime:
+    """Binds the hooks' answers on the resolved device, or on `device` ("meta": shapes and kernels only), for kernels of
+    `machine`; None takes that of the resolved device."""
     from light_core.plugins import describe_machine
 
     return bind(
@@ -128,6 +131,7 @@ def bind_model(resolved: Resolved, config: EngineConfig, device: str | None = No
         limits=resolved.limits,
         quantization=resolved.quantization,
         folder=str(resolved.files.folder),
-        machine=describe_machine(resolved.device),
+        machine=machine or describe_machine(resolved.device),
         kernels=config.kernels,
+        enforce_eager=config.enforce_eager,
     )

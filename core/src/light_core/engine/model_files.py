@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from light_core.engine.config_classes import config_class
 from light_core.errors import ConfigError, ModelError
 from light_core.types import Family
 
@@ -140,15 +141,8 @@ def create_config(raw: Mapping[str, Any], where: str) -> Any:
     Raises:
         ModelError: the entries are not valid; the message says `where` they are from.
     """
-    from transformers import PretrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     model_type = str(raw.get("model_type") or "")
-    # Not .get(): this mapping loads its entries in __getitem__ alone.
-    if model_type in CONFIG_MAPPING:
-        kind = CONFIG_MAPPING[model_type]
-    else:  # a class of that type, as transformers warns of a configuration whose type is not its class's
-        kind = type("UnknownConfig", (PretrainedConfig,), {"model_type": model_type})
+    kind = config_class(model_type)
     try:
         return kind.from_dict(dict(raw))
     except Exception as error:  # whatever transformers' validation raises is a fault of this file

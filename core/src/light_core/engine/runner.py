@@ -181,6 +181,12 @@ class ModelRunner:
         logits = torch.empty((sizes[-1], sample.shape[1]), dtype=sample.dtype, device=self.device)
         return DecodeGraphs(self._forward, self._decode_step, sizes, logits)
 
+    @torch.inference_mode()
+    def decode_padding(self, size: int) -> torch.Tensor:
+        """Logits `[size, V]` of a step of `size` decodes of padding: what the graph of that size captures."""
+        self._stage_padding(size)
+        return self._forward(self._decode_step(size))
+
     def _stage_padding(self, size: int) -> None:
         self._staging.upload(_padding(size, self.limits.max_num_seqs, self.num_slots - 1))
 

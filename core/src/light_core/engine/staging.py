@@ -7,7 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Staging"]
+from light_core.engine.fakes import is_fake
+
+__all__ = ["Staging", "copy_event"]
 
 ALIGN = 16
 BUFFERS = 3  # the host may be one step ahead of the copy that the device has finished, and one is being filled
@@ -56,11 +58,19 @@ class Staging:
             end = max(end, stop)
         if self._device is not self._hosts[index]:
             self._device[:end].copy_(self._hosts[index][:end], non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._copied[index] = event
+            self._copied[index] = copy_event(self._device)
         return {name: self._views[name][: array.size] for name, array in arrays.items()}
 
     def view(self, name: str, size: int) -> torch.Tensor:
         """The first `size` elements of a region, on the device."""
         return self._views[name][:size]
+
+
+def copy_event(tensor: torch.Tensor) -> torch.cuda.Event | None:
+    """An event behind the copies from or to `tensor` that are enqueued; None where they are done: it is on the CPU, or has no
+    memory (`fakes.py`)."""
+    if tensor.device.type != "cuda" or is_fake(tensor):
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event

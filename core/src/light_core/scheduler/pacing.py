@@ -22,17 +22,15 @@ from light_core.scheduler.waiting import WaitingQueue
 
 __all__ = ["paced_budget"]
 
-MULTIPLE = 128
-"""Budgets are multiples of it: rows of a tile of matrix products."""
 
-
-def paced_budget(rows: Rows, waiting: WaitingQueue, lengths: LengthEstimator, most: int) -> int:
+def paced_budget(rows: Rows, waiting: WaitingQueue, lengths: LengthEstimator, multiple: int, most: int) -> int:
     """Tokens for the next step, decodes included, `most` at most.
 
     Args:
         rows: the running requests.
         waiting: those that come after them, longest outputs first.
         lengths: estimator of output lengths.
+        multiple: the budget is rounded up to a multiple of so many tokens.
         most: tokens that a step may have.
     """
     active = np.flatnonzero(rows.active)
@@ -46,4 +44,4 @@ def paced_budget(rows: Rows, waiting: WaitingQueue, lengths: LengthEstimator, mo
     # Whoever comes last needs the last steps for its output; out of order, it may need more than there are.
     num_admitting = max(num_steps - waiting.last.max_left, 1)
     share = ceil((waiting.tokens + int(left.sum()) + int(to_prefill.sum())) / num_admitting)
-    return min(ceil(share / MULTIPLE) * MULTIPLE, most)
+    return min(ceil(share / multiple) * multiple, most)

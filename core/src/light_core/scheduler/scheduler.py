@@ -43,7 +43,8 @@ class Scheduler:
         max_model_len: prompt and output of a request.
         enable_prefix_caching: keep KV in a radix tree and share it.
         max_shared_len: `KVLayout.max_shared_len`.
-        paced: only the end of the last request counts (`pacing.py`); they are added longest outputs first.
+        pace: only the end of the last request counts (`pacing.py`), they are added longest outputs first, and budgets are
+            multiples of so many tokens; None where each request counts.
         clock: monotonic, in seconds.
     """
 
@@ -56,14 +57,14 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         max_shared_len: int | None = None,
-        paced: bool = False,
+        pace: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Every running request must be able to have a token in every step.
         num_rows = min(max_num_seqs, max_num_batched_tokens)
         self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
         self.max_shared_len = max_model_len if max_shared_len is None else max_shared_len
-        self._paced, self._clock = paced, clock
+        self._pace, self._clock = pace, clock
         self.pool = SlotPool(num_slots)
         self.tree = RadixCache(num_rows) if enable_prefix_caching else None
         self.rows = Rows(num_rows, max_model_len)
@@ -148,6 +149,11 @@ class Scheduler:
         """Requests that wait or run."""
         return len(self._live)
 
+    @property
+    def has_decodes(self) -> bool:
+        """Whether requests that have output, or soon will, are to have more of it."""
+        return bool((self.rows.decoding & (self.rows.total < self.rows.limit)).any())
+
     def is_live(self, request_id: int) -> bool:
         """Whether that request waits or runs."""
         return request_id in self._live
@@ -180,8 +186,8 @@ class Scheduler:
         """
         decodes = self._plan_decodes()
         budget = self.max_num_batched_tokens
-        if self._paced:
-            budget = paced_budget(self.rows, self._waiting, self.lengths, budget)
+        if self._pace is not None:
+            budget = paced_budget(self.rows, self._waiting, self.lengths, self._pace, budget)
         chunks = self._plan_prefills(budget - len(decodes))
         if len(decodes) == 0 and not chunks:
             return None

@@ -7,6 +7,8 @@
     routing.py      settle_routing: random models whose choices of experts do not hang on rounding
     driver.py       Driver: a bound model, step by step, without the engine
     loading.py      load_model: a folder through the real plugin loader
+    compiling.py    do a model's kernels compile for a GPU that is not there, and what do they take of it
+    absent_gpu.py   that GPU
     opening.py      finds plugin code that would open paths or addresses of media by itself
     echo.py         a family without weights whose output a test can predict: `--model-plugin light_sdk.testing.echo`
 

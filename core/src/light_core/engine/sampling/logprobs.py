@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from light_core.engine.requests import TokenLogprobs
+from light_core.engine.staging import copy_event
 
 __all__ = ["HostCopy", "PendingLogprobs", "Sampled", "SampledTokens"]
 
@@ -20,8 +21,7 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event = copy_event(tensor)
         else:
             self._host = tensor
 
