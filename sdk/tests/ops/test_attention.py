@@ -1,13 +1,14 @@
 """Attention: the reference and the CPU path against dense float64 code, the Triton kernels against the reference."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from light_sdk.ops.attention import cpu, reference
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
+from light_sdk.ops.rotary_kv import rotary_kv
 
 MHA, GQA, MQA = (4, 4, 16), (6, 2, 16), (5, 1, 16)
 
@@ -78,6 +79,77 @@ def test_cpu_half(dtype, make_batch, tolerances) -> None:
     batch = make_batch([65, 1, 130], [(40, 40), (50, 3)], GQA, dtype=dtype)
     cpu.attention(*batch.arguments, 0.25, 20, alibi_slopes(6))
     torch.testing.assert_close(batch.out.double(), dense(batch, 0.25, 20, alibi_slopes(6)), **tolerances(dtype))
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("lens", "heads"), [([30, 1, 70, 9, 2, 41, 5, 18, 3], (8, 4, 32)), ([90], GQA), ([40, 3], (3, 3, 80))], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_compiled_on_threads(lens, heads, count, threads, make_batch, tolerances, monkeypatch) -> None:
+    """Whole requests where there are many, else heads, and chunks with them or left to torch; none is done by nobody or twice."""
+    pytest.importorskip("numba")
+    from light_sdk.ops.attention import compiled
+
+    monkeypatch.setattr(compiled, "MIN_SHARED_WORK", 0)
+    threads(count)
+    for chunks, longest in (([], 1), ([(40, 20), (4, 4)], 20), ([(40, 20), (4, 4)], 19)):
+        monkeypatch.setattr(compiled, "MAX_CHUNK", longest)
+        batch = make_batch(lens, chunks, heads)
+        expected = dense(batch, 0.3, 20, None)
+        for _ in range(10):
+            batch.out.fill_(float("nan"))
+            compiled_attention(*batch.arguments, 0.3, 20)
+            torch.testing.assert_close(batch.out.double(), expected, **tolerances(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunks", [[], [(60, 30)]], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "rotary_dim", "interleaved", "window"),
+    [((8, 4, 32), 32, False, None), ((6, 2, 24), 16, True, 11), ((4, 4, 64), 32, False, None), ((2, 1, 64), 64, True, 40)],
+    ids=str,
+)
+def test_with_rotary(heads, rotary_dim, interleaved, window, chunks, dtype, make_batch, tolerances) -> None:
+    """As the references of `rotary_kv` and `attention`, one after the other: the result, and what KV holds then."""
+    pytest.importorskip("numba")
+    from light_sdk.ops.attention.compiled import attention
+
+    batch = make_batch([1, 65, 12], chunks, heads, dtype=dtype)
+    num_tokens, (num_heads, num_kv_heads, head_dim) = len(batch.q), heads
+    generator = torch.Generator().manual_seed(3)
+    fused = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(dtype)
+    cos_sin = torch.randn(num_tokens, rotary_dim, generator=generator)
+    split = (num_heads, num_kv_heads, num_kv_heads)
+    (q, k, v), (q_2, k_2, v_2) = fused.split(split, dim=1), fused.clone().split(split, dim=1)
+    k_cache, v_cache, expected = batch.k_cache.clone(), batch.v_cache.clone(), torch.empty_like(batch.out)
+    rotary_kv(q_2, k_2, v_2, cos_sin, k_cache, v_cache, batch.step.slots, interleaved)
+    reference.attention(expected, q_2, k_cache, v_cache, batch.step, 0.3, window)
+    assert attention.with_rotary(batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved)
+    torch.testing.assert_close(batch.out, expected, **tolerances(dtype))
+    torch.testing.assert_close(batch.k_cache, k_cache, equal_nan=True, **tolerances(dtype))
+    torch.testing.assert_close(batch.v_cache, v_cache, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lens", [[129], [8, 3]], ids=["a long one", "two, which may share what one of them writes"])
+def test_with_rotary_leaves_chunks(lens, make_batch) -> None:
+    """Nothing is written, so that the two ops can do it."""
+    pytest.importorskip("numba")
+    from light_sdk.ops.attention.compiled import attention
+
+    batch = make_batch([9], [(length, length) for length in lens], (4, 2, 16))
+    k = torch.randn(len(batch.q), 2, 16)
+    given = [tensor.clone() for tensor in (batch.q, k, batch.k_cache)]
+    cos_sin = torch.randn(len(k), 16)
+    assert not attention.with_rotary(batch.out, batch.q, k, k, batch.k_cache, batch.v_cache, batch.step, 0.3, None, cos_sin)
+    assert batch.out.isnan().all()
+    for tensor, before in zip((batch.q, k, batch.k_cache), given, strict=True):
+        torch.testing.assert_close(tensor, before, equal_nan=True, rtol=0, atol=0)
 
 
 def check_kernel(batch, tolerance: dict[str, float], scale: float, window: int | None = None, slopes: torch.Tensor | None = None) -> None:

@@ -118,7 +118,7 @@ def named_ops(runtime: ModelRuntime) -> Iterator[None]:
 
 
 class _NamedOp:
-    """An op whose calls are ranges of a profile."""
+    """An op whose calls, and those of its methods, are ranges of a profile."""
 
     def __init__(self, name: str, implementation: Callable[..., Any]) -> None:
         self._label, self._implementation = OP_RANGE + name, implementation
@@ -128,7 +128,8 @@ class _NamedOp:
             return self._implementation(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._implementation, name)
+        value = getattr(self._implementation, name)
+        return _NamedOp(self._label.removeprefix(OP_RANGE), value) if callable(value) else value
 
 
 def kind_of(name: str, kernels: Mapping[str, str]) -> str:

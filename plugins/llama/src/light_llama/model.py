@@ -30,14 +30,14 @@ class SelfAttention(nn.Module):
     def __init__(self, model: ModelContext, shape: LlamaShape) -> None:
         super().__init__()
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        self.head_dim = shape.head_dim
+        self.head_dim, self.num_heads = shape.head_dim, (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
         self.qkv = MergedLinear(model, shape.hidden_size, (q_size, kv_size, kv_size), shape.attention_bias)
         rotary = Rotary(model, shape.head_dim, shape.rope.rotary_dim)
         self.attention = Attention(model, shape.num_heads, shape.num_kv_heads, shape.head_dim, window=shape.window, rotary=rotary)
         self.out = Linear(model, q_size, shape.hidden_size, shape.attention_bias)
 
     def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
-        q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x))
+        q_THD, k_TKD, v_TKD = self.qkv(x).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.num_heads, dim=1)
         return self.out(self.attention(q_THD, k_TKD, v_TKD, step, kv))
 
 

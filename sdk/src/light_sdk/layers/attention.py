@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from light_core.types import KVView, ModelContext, Step
-from light_sdk.layers.rotary import Rotary
+from light_sdk.layers.rotary import Rotary, shared_rotation
 
 __all__ = ["Attention", "alibi_slopes"]
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.window = window
         values = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=model.device)
         self.register_buffer("slopes", values, persistent=False)
-        self.rotary = rotary
+        self.rotary, self._has_slopes = rotary, slopes is not None
         if rotary is None:
             self._write_kv = model.ops.select("write_kv", num_kv_heads=num_kv_heads, head_dim=head_dim)
         self._attention = model.ops.select(
@@ -67,10 +67,24 @@ class Attention(nn.Module):
 
     def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
         """A new `[T, H * D]`; `kv` takes the keys and values at `step.slots`. Rotation overwrites `q_THD` and `k_TKD`."""
-        if self.rotary is None:
-            self._write_kv(k_TKD, v_TKD, kv["k"], kv["v"], step.slots)
-        else:
-            self.rotary.write(q_THD, k_TKD, v_TKD, step, kv)
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        self._attention(out_THD, q_THD, kv["k"], kv["v"], step, self.scale, self.window, self.slopes, k_TKD, v_TKD)
+        if not self._is_done_at_once(out_THD, q_THD, k_TKD, v_TKD, step, kv):
+            if self.rotary is None:
+                self._write_kv(k_TKD, v_TKD, kv["k"], kv["v"], step.slots)
+            else:
+                self.rotary.write(q_THD, k_TKD, v_TKD, step, kv)
+            self._attention(out_THD, q_THD, kv["k"], kv["v"], step, self.scale, self.window, self.slopes, k_TKD, v_TKD)
         return out_THD.flatten(1)
+
+    def _is_done_at_once(
+        self, out_THD: torch.Tensor, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView
+    ) -> bool:
+        """Lets the op rotate, write and attend in one call, where its implementation can, in this step."""
+        if self.rotary is None or self._has_slopes:
+            return False
+        at_once = getattr(self._attention, "with_rotary", None)
+        if at_once is None:
+            return False
+        cos_sin_TR, interleaved = shared_rotation(step), self.rotary.interleaved
+        done: bool = at_once(out_THD, q_THD, k_TKD, v_TKD, kv["k"], kv["v"], step, self.scale, self.window, cos_sin_TR, interleaved)
+        return done

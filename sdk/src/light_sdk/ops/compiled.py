@@ -1,10 +1,15 @@
 """What the kernels that numba compiles for CPUs share: memory by its address, elements of both dtypes, and exp.
 
 A kernel is built once for each dtype and cached on disk by numba. bfloat16, which numpy lacks, is held as its bits.
-Sums run in any order (`FAST`), NaN and infinities are kept. Kernels run on the calling thread. Elements are read and
-written by `load` and `store`: their unsigned indices spare numba's test for negative ones, which prevents vectorising.
+Sums run in any order (`FAST`), NaN and infinities are kept. Kernels run on the calling thread, or by `run` on torch's.
+Elements are read and written by `load` and `store`: their unsigned indices spare numba's test for negative ones, which
+prevents vectorising.
 """
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-__all__ = ["ELEMENTS", "FAST", "array", "bits", "exp", "load", "rounded", "store"]
+__all__ = ["ELEMENTS", "FAST", "array", "bits", "exp", "load", "rounded", "run", "store", "take"]
 
 ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How elements of each dtype are held."""
@@ -27,6 +32,17 @@ def _pointer(typing_context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(address), generate
+
+
+@intrinsic
+def take(typing_context: Any, address: Any) -> Any:
+    """The int64 at `address`, which is one more afterwards; no two threads take the same. Compiled only."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one = context.get_constant(types.int64, 1)
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], one.type.as_pointer()), one, "seq_cst")
+
+    return types.int64(types.int64), generate
 
 
 @njit
@@ -112,3 +128,36 @@ def exp(x: Any) -> Any:
     scale = bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
     power = series * scale if x > np.float32(-87.0) else np.float32(0.0)
     return power if x == x else x
+
+
+def run(function_at: int, argument: int, num_threads: int) -> None:
+    """Calls the C function `void (int64)` at `function_at` with `argument`, once on each of up to `num_threads` threads.
+
+    The function deals out its work itself and must be right on any number of threads: on this one alone where torch has
+    no OpenMP. Returns when all calls have. Does not hold the interpreter's lock meanwhile. Threads of another pool would
+    spin on the cores that torch's wait on.
+    """
+    fork = _fork() if num_threads > 1 else None
+    if fork is None:
+        _function(function_at)(argument)
+    else:
+        fork(function_at, argument, num_threads, 0)
+
+
+@cache
+def _fork() -> Callable[[int, int, int, int], None] | None:
+    """`GOMP_parallel(function, data, num_threads, flags)` of the OpenMP library that torch is linked to; None without."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        try:
+            # Looks in the library's dependencies as well. Those of LLVM and Intel have the function, too.
+            fork: Any = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        fork.restype, fork.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        return fork  # type: ignore[no-any-return]
+    return None
+
+
+@cache
+def _function(address: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)

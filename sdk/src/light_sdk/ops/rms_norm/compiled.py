@@ -17,13 +17,14 @@ MAX_ELEMENTS = 1 << 18  # twice as fast as torch on two threads up to here; more
 
 def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> None:
     """As the reference; large inputs, views and a weight for each head go through torch."""
-    dense = x.is_contiguous() and out.is_contiguous() and (residual is None or residual.is_contiguous())
-    if not dense or weight.dim() > 1 or x.numel() > MAX_ELEMENTS:
+    dense = x.is_contiguous() and (out is x or out.is_contiguous()) and (residual is None or residual.is_contiguous())
+    size = x.numel()
+    if not dense or weight.dim() > 1 or size > MAX_ELEMENTS:
         cpu.rms_norm(out, x, weight, eps, residual)
         return
     width = x.shape[-1]
     address = 0 if residual is None else residual.data_ptr()
-    _kernel(x.dtype)(out.data_ptr(), x.data_ptr(), weight.data_ptr(), address, x.numel() // width, width, eps)
+    _kernel(x.dtype)(out.data_ptr(), x.data_ptr(), weight.data_ptr(), address, size // width, width, eps)
 
 
 @cache

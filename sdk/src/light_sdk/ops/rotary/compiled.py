@@ -31,13 +31,19 @@ def rotary(q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_sin_TR: torch.Tensor, i
 def turn(x: Any, begin: int, angles: Any, at: int, width: int, interleaved: bool) -> None:
     """Turns the head that begins at `begin` of `x` by the cosines, then sines, that begin at `at` of `angles`."""
     half = width // 2
-    step, apart = (2, 1) if interleaved else (1, half)
-    for i in range(half):
-        place = begin + i * step
-        a, b = load(x, place), load(x, place + apart)
-        cos, sin = load(angles, at + i), load(angles, at + half + i)
-        store(x, place, a * cos - b * sin)
-        store(x, place + apart, b * cos + a * sin)
+    # One loop would have a stride that only the call knows, and would not vectorise.
+    if interleaved:
+        for i in range(half):
+            cos, sin = load(angles, at + i), load(angles, at + half + i)
+            a, b = load(x, begin + 2 * i), load(x, begin + 2 * i + 1)
+            store(x, begin + 2 * i, a * cos - b * sin)
+            store(x, begin + 2 * i + 1, b * cos + a * sin)
+    else:
+        for i in range(half):
+            cos, sin = load(angles, at + i), load(angles, at + half + i)
+            a, b = load(x, begin + i), load(x, begin + half + i)
+            store(x, begin + i, a * cos - b * sin)
+            store(x, begin + half + i, b * cos + a * sin)
 
 
 @cache
