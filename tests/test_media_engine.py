@@ -5,6 +5,7 @@ import base64
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,38 @@ def test_embeddings_that_wait_are_bounded(create: Callable[..., Model]) -> None:
     engine.media._encode = watched
     model.check(*prompts)
     assert 0 < most <= 3 * 36, "one more than fits, while it is being made"
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_who_decodes_waits_for_a_part_of_the_pictures_at_a_time(create: Callable[..., Model], decodes: bool) -> None:
+    """Half of a step's tokens are encoded before it, or one picture that has more; all of them where nobody waits."""
+    model = create(max_num_batched_tokens=64, max_num_seqs=16, enable_prefix_caching=False)
+    engine = model.llm.engine
+    assert engine.media is not None
+    encode, encoded = engine.media._encode, []
+
+    def watched(batch: Any) -> Any:
+        encoded.append([item.span.num_tokens for item in batch.values()])
+        return encode(batch)
+
+    engine.media._encode = watched
+    if decodes:
+        engine.add(EngineRequest(100, np.array([1], np.int32), GREEDY.replace(max_tokens=40)))
+        engine.step()
+    pictures = [[picture(40, 33, index)] for index in range(6)]  # 9 tokens each
+    pictures += [[picture(96, 96)], [picture(16, 70, 1), picture(16, 70, 2), picture(20, 20)]]  # 36; 5, 5 and 4
+    for request_id, some in enumerate(pictures):
+        request = engine_request(model, request_id, *some)
+        engine.add(replace(request, params=GREEDY.replace(max_tokens=1)))
+    while engine.media.num_waiting:
+        told = {update.request_id for update in engine.step() if update.token_ids}
+        assert not decodes or 100 in told, "a decode that others' pictures stop"
+    limit = 32 if decodes else 64
+    assert all(sum(batch) <= limit or len(batch) == 1 for batch in encoded), encoded
+    assert max(map(len, encoded)) == (4 if decodes else 8) and len(encoded) == (4 if decodes else 2), encoded
+    assert sorted(count for batch in encoded for count in batch) == [4, 5, 5, *[9] * 6, 36]
+    while engine.has_work():
+        engine.step()
 
 
 def test_a_failing_step_forgets_media_too(create: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from light_core import LLM, SamplingParams
+from light_core.config import EngineConfig
+from light_core.engine.loading import bind_model, resolve_model
 from light_core.errors import CheckpointError, RequestError
 from light_sdk import MediaTokens
 from light_sdk.testing.driver import Driver
@@ -28,7 +30,7 @@ from light_sdk.testing.reference import create_model
 
 LIGHT = str(Path(sys.executable).with_name("light"))
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-VOCAB, NUM_OUTPUT, START_S = 120, 8, 90
+VOCAB, NUM_OUTPUT, START_S = 120, 8, 180
 IDS = {token: 100 + index for index, token in enumerate(SPECIAL)}
 TEXT = {
     "vocab_size": VOCAB,
@@ -200,7 +202,7 @@ def test_served_over_http(tmp_path):
             assert re.findall(r"w\d+|<[^>]*>", text) == words
     finally:
         process.terminate()
-        assert process.wait(30) == 0, log.read_text()
+        assert process.wait(60) == 0, log.read_text()
 
 
 def wait_for_url(process, log):
@@ -285,6 +287,14 @@ def first_llm(first):
     llm = LLM(str(first), dtype="float32", device="cpu", max_num_batched_tokens=16, max_num_seqs=4)
     yield llm
     llm.shutdown()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_encoders_capture_nothing_where_that_is_switched_off(checkpoint, first, eager):
+    for folder in (checkpoint[0], first):
+        config = EngineConfig(model=str(folder), device="cpu", enforce_eager=eager)
+        (encoder,) = bind_model(resolve_model(config), config, "meta").media_encoders
+        assert encoder.module.graphs._captures is not eager
 
 
 def step_by_step(folder, prompt, pictures):

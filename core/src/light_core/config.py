@@ -43,6 +43,7 @@ class EngineConfig:
         enable_prefix_caching: keep the KV of finished requests in the radix tree for later ones.
         media_cache_bytes: embeddings of images that are kept on the device for later requests with the same ones.
         enforce_eager: no CUDA graphs.
+        compile_ahead: on a GPU, compile the kernels of the first steps while weights are loaded.
         async_planning: plan step N+1 while step N runs; None means on a GPU only.
         seed: of dummy weights and, in the offline API, of the seeds that requests get which name none; the server draws a
             fresh seed for each of those.
@@ -66,6 +67,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     media_cache_bytes: int = 256 << 20
     enforce_eager: bool = False
+    compile_ahead: bool = True
     async_planning: bool | None = None
     seed: int = 0
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)

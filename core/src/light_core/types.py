@@ -131,6 +131,8 @@ class ModelContext:
         checkpoint_family: the family that the checkpoint's architecture names: `family` itself, but for a multimodal
             checkpoint. A vision plugin goes by its name to answer `light_media_encoders` and to wrap other hooks.
         checkpoint_config: the whole of the checkpoint's configuration: `config` itself, but for a multimodal one.
+        enforce_eager: that no CUDA graph is to be captured. Core captures decodes; a plugin that captures anything by itself,
+            such as its encoders, goes by this.
     """
 
     family: Family
@@ -144,6 +146,7 @@ class ModelContext:
     folder: str = ""
     checkpoint_family: Family | None = None
     checkpoint_config: Any = None
+    enforce_eager: bool = False
 
     @property
     def torch_dtype(self) -> "torch.dtype":

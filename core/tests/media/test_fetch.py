@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -218,21 +217,9 @@ async def test_answers_are_bounded() -> None:
             writer.write(bytes(65536))
             await writer.drain()
 
-    async def slow(writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-        while not writer.is_closing():
-            writer.write(b"x")
-            await writer.drain()
-            await asyncio.sleep(0.05)
-
-    async def silent(writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(5)
-
-    async with hosting() as host, fetching(host, fetch_timeout_s=0.4, max_media_bytes=200_000) as fetcher:
+    async with hosting() as host, fetching(host, fetch_timeout_s=60.0, max_media_bytes=200_000) as fetcher:
         host.answers |= {
             "/endless": endless,
-            "/slow": slow,
-            "/silent": silent,
             "/large": plain(b"").replace(b"Content-Length: 0", b"Content-Length: 10737418240"),
             "/lying": plain(b"").replace(b"Content-Length: 0", b"Content-Length: -5"),
             "/zipped": plain(b"x", "Content-Encoding: gzip"),
@@ -243,11 +230,8 @@ async def test_answers_are_bounded() -> None:
             "/fits": plain(bytes(200_000)),
         }
         base = f"http://127.0.0.1:{host.port}"
-        began = time.monotonic()
         for target, words in {
             "endless": "more than 200000 bytes",
-            "slow": r"did not answer in 0\.4 s",
-            "silent": r"did not answer in 0\.4 s",
             "large": "more than 200000 bytes",
             "lying": "cannot be fetched|more than",
             "zipped": "compressed form",
@@ -257,11 +241,27 @@ async def test_answers_are_bounded() -> None:
             "heads": "cannot be fetched",
         }.items():
             await refused(fetcher, f"{base}/{target}", words)
-        assert time.monotonic() - began < 3
         assert len(await fetcher.fetch(f"{base}/fits", "image_url")) == 200_000
         port = host.port
     async with fetching(host) as fetcher:
         await refused(fetcher, f"http://127.0.0.1:{port}/", "cannot be fetched")
+
+
+async def test_slow_answers_are_given_up() -> None:
+    async def slow(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    async def silent(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(600)
+
+    async with hosting() as host, fetching(host, fetch_timeout_s=0.25) as fetcher:
+        host.answers |= {"/slow": slow, "/silent": silent}
+        for target in host.answers:
+            await refused(fetcher, f"http://127.0.0.1:{host.port}{target}", r"did not answer in 0\.25 s")
 
 
 def test_addresses_are_taken_apart() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from light_core.errors import LightError
-from light_core.media.memory import PAGE, Kept, MediaReader, MediaStore, create_media_file
+from light_core.media.memory import AHEAD_BYTES, PAGE, Kept, MediaReader, MediaStore, create_media_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -99,13 +99,33 @@ def test_the_same_content_is_kept_once_for_each_encoder(fd: int) -> None:
     assert store.put("other", key(1), item(1), 3, ()) is not first
 
 
-def test_memory_goes_back_to_the_system(fd: int) -> None:
+def test_pages_serve_one_item_after_the_other(fd: int) -> None:
     store = MediaStore(fd, 64 * PAGE)
     assert os.fstat(fd).st_blocks == 0, "pages that nobody touched take nothing"
-    kept = put(store, 1, pages=32)
-    assert kept is not None and os.fstat(fd).st_blocks * 512 >= 31 * PAGE
-    store._drop(kept)
-    assert os.fstat(fd).st_blocks * 512 <= PAGE
+    for number in range(10):
+        assert put(store, number, pages=48) is not None
+    assert 47 * PAGE <= os.fstat(fd).st_blocks * 512 <= 48 * PAGE
+
+
+def test_memory_is_there_before_it_is_written(fd: int) -> None:
+    store = MediaStore(fd, 4 * AHEAD_BYTES)
+    for pages in (0, AHEAD_BYTES // PAGE // 2, AHEAD_BYTES // PAGE):
+        if pages:
+            assert put(store, pages, pages=pages) is not None
+        store.populate()
+        if not os.fstat(fd).st_blocks:
+            pytest.skip("this system cannot populate memory")
+        assert os.fstat(fd).st_blocks * 512 == store.used_bytes + AHEAD_BYTES
+
+
+def test_no_more_is_populated_than_there_is(fd: int) -> None:
+    store = MediaStore(fd, 3 * PAGE)
+    for _ in range(2):
+        store.populate()
+        assert os.fstat(fd).st_blocks * 512 <= 3 * PAGE
+    assert put(store, 1, pages=3) is not None
+    store.populate()
+    store.close()
 
 
 def test_a_region_that_has_another_item_is_an_error(fd: int) -> None:

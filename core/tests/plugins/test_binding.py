@@ -81,6 +81,12 @@ def test_modules_are_built_with_device_and_dtype_which_are_restored(site, dtype,
     assert torch.get_default_dtype() == torch.float32 and torch.empty(1).device.type == "cpu"
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_plugins_are_told_whether_anything_may_be_captured(site, eager):
+    site.install("alpha")
+    assert bound(site, enforce_eager=eager).model.enforce_eager is eager
+
+
 def test_device_and_dtype_are_restored_after_a_failure(site):
     site.install("alpha")
     (site.folder / "lp_alpha" / "model.py").write_text("def Pre(model):\n    raise KeyError('hidden_size')\n")

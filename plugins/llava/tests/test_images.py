@@ -69,7 +69,7 @@ def test_tiles_as_llava_next_cuts_them(size: tuple[int, int]) -> None:
     torch.testing.assert_close(normalised(found["tiles"]), expected, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_tokens_stand_as_llava_next_packs_them(width: int, height: int) -> None:
     """Features that are numbers of patches come out of transformers' packing as `order` says."""

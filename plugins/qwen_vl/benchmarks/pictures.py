@@ -5,8 +5,12 @@
     python plugins/qwen_vl/benchmarks/pictures.py ask URL             asks a server of the OpenAI API, Light's or another
 
 `encoder` prints a case's time with every kernel launched and by its CUDA graph, after it has compared the two; a wrong one
-prints no number and the program ends with status 1. Its floor is that of the products and of attention at the matrix rate.
-`ask` sends pictures that no cache knows, one at a time and several at a time, and prints one JSON line for each.
+prints no number and the program ends with status 1. Times hold resampling and cutting. Its floor is that of the products and
+of attention at the matrix rate. `ask` needs nothing of Light and prints one JSON line for each of its cases:
+
+    one     a question about a picture that no cache knows, one at a time: seconds from sending to the first token
+    again   a second question about the same picture
+    many    several such pictures at a time, one token each: pictures a second
 """
 
 import argparse
@@ -17,8 +21,11 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count as counting
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +105,12 @@ SPECIAL = (
     "<|video_pad|>",
 )
 WORDS = 151643
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 4096
+"""Of the folder's pictures: engines reserve memory for the largest."""
+SIDE = 1000
+WARM = 8
+"""Pictures one at a time before any counts: shapes that come back are captured by then."""
 SIZES = ((224, 224, 1), (448, 448, 1), (1000, 1000, 1), (448, 448, 4), (1000, 1000, 4), (2000, 1500, 1))
 """Width, height, and pictures at a time."""
 SQUARES = ((448, 448, 1), (448, 448, 4), (448, 448, 16))
@@ -144,7 +157,7 @@ def operations(name: str, items: list[Any]) -> float:
         return len(items) * (48 * layer + resampler + 2 * patches * 588 * width)
     width, inner, total = 1280, (5120 if name == "qwen2-vl" else 3420), 0.0
     for item in items:
-        patches = len(item["patches"])
+        patches = len(item["places"])
         products = 2 * patches * (4 * width**2 + (2 if name == "qwen2-vl" else 3) * width * inner)
         full, windowed = (32, 0) if name == "qwen2-vl" else (4, 28)
         attention = 4 * patches * width * (full * patches + windowed * 64)
@@ -192,7 +205,7 @@ def measure_encoders(names: list[str]) -> int:
                 with sdpa_kernel(PLANNED, set_priority=True):
                     planned = measure(module, items)
                 module.graphs = graphs
-                for _ in range(SEEN):
+                for _ in range(SEEN + 2):  # the last two by the graph
                     found = module(items)
                 seconds = measure(module, items)
             error = ((found - expected).float().abs().max() / expected.float().abs().max()).item()
@@ -214,68 +227,134 @@ def measure_encoders(names: list[str]) -> int:
 
 
 def write_folder(folder: Path) -> None:
-    """config.json, preprocessor_config.json and a tokenizer of words: to be served with dummy weights."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """config.json, the processor's files and a tokenizer of bytes: to be served with dummy weights."""
+    from tokenizers import pre_tokenizers
 
     from light_qwen_vl.chat import CHATML
     from light_qwen_vl.images import MEAN, STD
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIGS["qwen2-vl"], indent=1))
-    bounds = {"min_pixels": 56 * 56, "max_pixels": 14 * 14 * 4 * 16384}
-    sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps({**bounds, **sizes, **names, "image_mean": MEAN, "image_std": STD}))
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
+    sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "image_mean": MEAN, "image_std": STD}
+    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}}
+    processor = sizes | bounds | {"processor_class": "Qwen2VLProcessor"}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    added = {token: WORDS + index for index, token in enumerate(SPECIAL)}
+    vocabulary = {text: index for index, text in enumerate([*letters, *(f"w{index}" for index in range(WORDS - len(letters)))])}
+    tokenizer = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": TEXT["max_position_embeddings"],
+        "added_tokens_decoder": {
+            str(index): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+            for token, index in added.items()
+        },
+        "additional_special_tokens": list(SPECIAL[1:]),
+        "chat_template": CHATML,
+    }
+    files = {
+        "config.json": CONFIGS["qwen2-vl"],
+        "preprocessor_config.json": processor | {"image_processor_type": "Qwen2VLImageProcessor"},
+        "video_preprocessor_config.json": processor | {"video_processor_type": "Qwen2VLVideoProcessor"},
+        "tokenizer_config.json": tokenizer,
+        "vocab.json": vocabulary,
+    }
+    for name, entries in files.items():
+        (folder / name).write_text(json.dumps(entries))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    _write_backend(folder / "tokenizer.json", vocabulary)
 
 
-def jpeg(seed: int, side: int = 1000) -> str:
+def _write_backend(path: Path, vocabulary: dict[str, int]) -> None:
+    """The tokenizer as one file: bytes, with Qwen2's way of splitting text, and no merges."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer.save(str(path))
+
+
+def jpeg(seed: int, side: int = SIDE) -> str:
     """A data URL of a picture of `side` pixels: slopes and noise, as large a file as a photograph's."""
     from PIL import Image
 
-    noise = np.random.default_rng(seed).integers(0, 24, (side, side, 3))
-    slopes = np.linspace(0, 200, side)[None, :, None] * np.array([1.0, 0.6, 0.3]) + np.linspace(0, 30, side)[:, None, None]
+    noise = np.random.default_rng(seed).integers(0, 24, (side, side, 3), dtype=np.uint8)
+    across, down = np.linspace(0, 200, side, dtype=np.float32), np.linspace(0, 30, side, dtype=np.float32)
+    slopes = across[None, :, None] * np.array([1.0, 0.6, 0.3], np.float32) + down[:, None, None]
     buffer = io.BytesIO()
-    Image.fromarray((slopes + noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    Image.fromarray(slopes.astype(np.uint8) + noise).save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def ask(url: str, model: str, source: str) -> float:
-    """Seconds from sending a question about a picture until the first piece of the answer."""
-    parts = [{"type": "image_url", "image_url": {"url": source}}, {"type": "text", "text": " ".join(f"w{i}" for i in range(32))}]
-    body = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 4, "temperature": 0, "stream": True}
-    data, headers = json.dumps(body | {"ignore_eos": True}).encode(), {"Content-Type": "application/json"}
-    begin, first = time.perf_counter(), None
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", data, headers), timeout=300) as answer:
-        for line in answer:
-            if line.startswith(b"data: {") and first is None and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-                first = time.perf_counter() - begin
-    if first is None:
-        raise RuntimeError("the server answered without a token")
-    return first
+class Server:
+    """A server of the OpenAI API."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=60) as answer:
+            self.model = json.load(answer)["data"][0]["id"]
+
+    def ask(self, source: str, question: str = "What is in this picture?", max_tokens: int = 4) -> float:
+        """Seconds from sending a question about a picture until the first piece of the answer, which is read to its end.
+
+        Raises:
+            RuntimeError: the server refuses, or answers without a piece.
+        """
+        parts = [{"type": "image_url", "image_url": {"url": source}}, {"type": "text", "text": question}]
+        body = {"model": self.model, "messages": [{"role": "user", "content": parts}], "temperature": 0, "stream": True}
+        data = json.dumps(body | {"max_tokens": max_tokens, "ignore_eos": True}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/chat/completions", data, {"Content-Type": "application/json"})
+        begin, first = time.perf_counter(), None
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                for line in answer:
+                    if first is None and line.startswith(b"data: {") and json.loads(line[6:]).get("choices"):
+                        first = time.perf_counter() - begin
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{error.code}: {error.read()[:300].decode(errors='replace')}") from None
+        if first is None:
+            raise RuntimeError("the server answered without a token")
+        return first
 
 
-def measure_server(url: str) -> None:
-    with urllib.request.urlopen(f"{url}/v1/models") as answer:
-        model = json.load(answer)["data"][0]["id"]
-    sources, seed = [jpeg(seed) for seed in range(8)], 8
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda source: ask(url, model, source), sources))
-    for at_a_time, count in ((1, 24), (8, 64)):
-        sources = [jpeg(seed + index) for index in range(count)]
-        seed += count
+def measure_server(url: str, engine: str, num_one: int, num_many: int, at_a_time: int, side: int) -> Iterator[dict[str, Any]]:
+    """The cases of `ask`, one after the other; before the first, as many pictures as make everything warm."""
+    server, seeds = Server(url), counting(1)
+    threads = ThreadPoolExecutor(at_a_time)
+
+    def pictures(number: int) -> list[str]:
+        return [jpeg(next(seeds), side) for _ in range(number)]
+
+    def all_of(sources: list[str], max_tokens: int) -> float:
         begin = time.perf_counter()
-        with ThreadPoolExecutor(at_a_time) as pool:
-            times = sorted(pool.map(lambda source: ask(url, model, source), sources))
-        elapsed = time.perf_counter() - begin
-        result = {"at_a_time": at_a_time, "pictures_per_s": count / elapsed, "ttft_ms_p50": statistics.median(times) * 1e3}
-        print(json.dumps({**result, "ttft_ms_max": times[-1] * 1e3}))
+        list(threads.map(lambda source: server.ask(source, max_tokens=max_tokens), sources))
+        return time.perf_counter() - begin
+
+    with threads:
+        all_of(pictures(at_a_time), 4)
+        for source in pictures(WARM):
+            server.ask(source)
+        one, again = [], []
+        for source in pictures(num_one):
+            one.append(server.ask(source))
+            again.append(server.ask(source, "Which colours does it have, and where?"))
+        for case, times in (("one", one), ("again", again)):
+            yield {"engine": engine, "case": case, "pictures": num_one, "side": side, **quantiles(times)}
+        sources = pictures(num_many)
+        elapsed = all_of(sources, 1)
+        shape = {"pictures": num_many, "side": side, "at_a_time": at_a_time}
+        yield {"engine": engine, "case": "many", **shape, "pictures_per_s": round(num_many / elapsed, 2), "s": round(elapsed, 3)}
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """p50, p99 and mean, in milliseconds."""
+    p50, p99 = np.percentile(times, [50, 99])
+    return {f"ttft_ms_{name}": round(float(value) * 1e3, 2) for name, value in (("p50", p50), ("p99", p99), ("mean", np.mean(times)))}
 
 
 def main() -> int:
@@ -283,14 +362,21 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("encoder").add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; all if none is given")
     commands.add_parser("folder").add_argument("folder", type=Path)
-    commands.add_parser("ask").add_argument("url")
+    asking = commands.add_parser("ask")
+    asking.add_argument("url")
+    asking.add_argument("--engine", default="", help="name in the results")
+    asking.add_argument("--one", type=int, default=48, help="pictures one at a time")
+    asking.add_argument("--many", type=int, default=128, help="pictures several at a time")
+    asking.add_argument("--at-a-time", type=int, default=32)
+    asking.add_argument("--side", type=int, default=SIDE, help="of a picture, in pixels")
     arguments = parser.parse_args()
     if arguments.command == "encoder":
         return measure_encoders(arguments.names or list(CONFIGS))
     if arguments.command == "folder":
         write_folder(arguments.folder)
-    else:
-        measure_server(arguments.url.rstrip("/"))
+        return 0
+    for result in measure_server(arguments.url, arguments.engine, arguments.one, arguments.many, arguments.at_a_time, arguments.side):
+        print(json.dumps(result), flush=True)
     return 0
 
 

@@ -15,13 +15,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.vision_utils import get_vision_window_index
 
-from light_qwen_vl.images import MEAN, STD, ImageRules, fitted_size, grid, num_tokens, preprocess, unit_order, window_runs
+from light_qwen_vl.images import MEAN, STD, ImageRules, cut_patches, fitted_size, grid, num_tokens, preprocess, unit_order, window_runs
 from light_qwen_vl.positions import positions
+from light_qwen_vl.resampling import resample, sampling_table
 from light_sdk import MediaSpan, RequestError
 
 PATCH, MERGE = 14, 2
 LEAST, MOST = 56 * 56, 28 * 28 * 40
 RULES = ImageRules(PATCH, MERGE, None, LEAST, MOST)
+PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": LEAST, "longest_edge": MOST})
 SIZES = [(28, 28), (57, 28), (28, 57), (100, 75), (75, 100), (13, 11), (640, 9), (9, 640), (31, 30), (400, 300), (1, 1), (42, 70)]
 
 
@@ -45,15 +47,19 @@ def windows(window: int | None) -> ImageRules:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("window", [None, 2])
 def test_patches_are_transformers(size: tuple[int, int], window: int | None) -> None:
-    """The same patches with the same pixels, in another order where there are windows."""
+    """The same patches with the same pixels, in another order where there are windows. Pillow takes either axis first, as it
+    sees fit; so that one is certain it resamples one at a time here, before transformers cuts."""
     picture = draw(*size)
-    expected = dict(Qwen2VLImageProcessorPil(size={"shortest_edge": LEAST, "longest_edge": MOST})(images=picture, return_tensors="pt"))
+    height, width = smart_resize(*size[::-1], 28, LEAST, MOST)
+    fitted = picture.resize((width, picture.height), Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
+    expected = dict(PROCESSOR(images=fitted, return_tensors="pt"))
     found = preprocess(windows(window), ppm(picture))
     rows, columns = grid(found)
     assert expected["image_grid_thw"].tolist() == [[1, MERGE * rows, MERGE * columns]] and num_tokens(found) == rows * columns
     mean, std = (torch.tensor(values).view(3, 1) for values in (MEAN, STD))
-    assert found["patches"].dtype == torch.uint8
-    units = ((found["patches"].view(-1, 3, PATCH**2).float() / 255 - mean) / std).view(rows * columns, -1)
+    patches = cut_patches(windows(window), found)
+    assert patches.dtype == torch.uint8
+    units = ((patches.view(-1, 3, PATCH**2).float() / 255 - mean) / std).view(rows * columns, -1)
     by_frame = expected["pixel_values"].view(-1, 3, 2, PATCH**2)
     assert torch.equal(by_frame[:, :, 0], by_frame[:, :, 1]), "a still picture is one frame twice"
     torch.testing.assert_close(units[found["units"].flatten()], by_frame[:, :, 0].reshape(rows * columns, -1), atol=1e-5, rtol=0)
@@ -61,6 +67,60 @@ def test_patches_are_transformers(size: tuple[int, int], window: int | None) -> 
     corners = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) * MERGE
     inner = torch.cartesian_prod(torch.arange(MERGE), torch.arange(MERGE))
     assert torch.equal(places, (corners[:, None] + inner).int())
+
+
+@pytest.mark.parametrize("size", [(100, 75), (75, 100), (400, 300), (210, 333)])
+def test_whichever_axis_is_first_pixels_are_about_the_same(size: tuple[int, int]) -> None:
+    picture = draw(*size)
+    expected = PROCESSOR(images=picture, return_tensors="pt")["pixel_values"].view(-1, 3, 2, PATCH**2)[:, :, 0]
+    found = cut_patches(RULES, preprocess(RULES, ppm(picture))).view(-1, 3, PATCH**2)
+    mean, std = (torch.tensor(values).view(3, 1) for values in (MEAN, STD))
+    difference = (found.float() - (expected * std + mean) * 255).abs()
+    assert difference.max() < 3.01 and difference.mean() < 0.25, "more than rounding between the axes"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(0, 2**32 - 1))
+def test_pixels_are_resampled_as_pillow_does(height: int, width: int, new_height: int, new_width: int, seed: int) -> None:
+    """To the last bit, also where sums are beyond 8 bits: pixels are black, white or anything."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels[rng.random((height, width)) < 0.3] = 0
+    pixels[rng.random((height, width)) < 0.3] = 255
+    bicubic = Image.Resampling.BICUBIC
+    expected = np.array(Image.fromarray(pixels).resize((new_width, height), bicubic).resize((new_width, new_height), bicubic))
+    found = resample(torch.from_numpy(pixels), sampling_table(height, new_height), sampling_table(width, new_width))
+    assert torch.equal(found, torch.from_numpy(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(1000, 1000), (61, 1500), (3, 2)])
+def test_a_gpu_resamples_to_the_same_pixels(size: tuple[int, int]) -> None:
+    rules = ImageRules(PATCH, MERGE, 2, LEAST, 28 * 28 * 1300)
+    item = preprocess(rules, ppm(draw(*size)))
+    expected = cut_patches(rules, item)
+    assert torch.equal(cut_patches(rules, {name: tensor.cuda() for name, tensor in item.items()}).cpu(), expected)
+
+
+def test_pictures_that_shrink_a_lot_are_handed_on_small() -> None:
+    """With the pixels that they would have had."""
+    picture = draw(700, 500)
+    found = preprocess(RULES, ppm(picture))
+    assert found["pixels"].shape[:2] == fitted_size(500, 700, RULES)
+    height, width = fitted_size(500, 700, RULES)
+    tables = sampling_table(500, height), sampling_table(700, width)
+    assert torch.equal(found["pixels"], resample(torch.from_numpy(np.array(picture)), *tables))
+    kept = preprocess(ImageRules(PATCH, MERGE, None, LEAST, 10**6), ppm(picture))
+    assert torch.equal(kept["pixels"], torch.from_numpy(np.array(picture)))
+
+
+def test_another_filter_is_pillows() -> None:
+    picture = draw(57, 90)
+    rules = ImageRules(PATCH, MERGE, None, LEAST, MOST, resample=Image.Resampling.BILINEAR)
+    height, width = fitted_size(90, 57, rules)
+    found = preprocess(rules, ppm(picture))
+    expected = picture.resize((width, 90), Image.Resampling.BILINEAR).resize((width, height), Image.Resampling.BILINEAR)
+    assert torch.equal(found["pixels"], torch.from_numpy(np.array(expected))) and found["rows"].shape == (2, 0, height)
 
 
 @settings(max_examples=200, deadline=None)

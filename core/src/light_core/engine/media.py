@@ -33,6 +33,9 @@ Name = tuple[str, bytes]
 LAST_ID = 2**31 - 1
 MAX_CONTENTS = 1 << 16
 MAX_BATCH = 32
+SHARE = 2
+"""Of a step's tokens, one in so many is encoded before it while others decode, who wait for it. To encode a picture takes
+about as much work as the prefill of its tokens, so that such a step takes no longer than one that is full of text."""
 PROFILED_SIDE = 2048
 CHECKED_SIDE = 224
 """Of the picture that an encoder is tried on where no memory is measured."""
@@ -239,18 +242,21 @@ class EngineMedia:
             self.release(request_id)
         return waiting
 
-    def encode_waiting(self, cached_len: Callable[[EngineRequest], int]) -> tuple[list[EngineRequest], dict[int, str]]:
+    def encode_waiting(
+        self, cached_len: Callable[[EngineRequest], int], others_decode: bool = False
+    ) -> tuple[list[EngineRequest], dict[int, str]]:
         """Encodes for those that have waited longest, as much as goes before one step.
 
         Args:
             cached_len: request to the number of its prompt tokens that have KV already and need no embeddings.
+            others_decode: whether requests wait for the step that have output already.
 
         Returns:
             Requests that are ready for the scheduler, in order, and those that can never be: request id to why.
         """
         batch: dict[Name, MediaItem] = {}
         looked_at: list[_Waiting] = []
-        num_tokens = 0
+        num_tokens, max_tokens = 0, self._max_tokens // (SHARE if others_decode else 1)
         for entry in self._waiting.values():
             if entry.needed is None:
                 known = cached_len(entry.request)
@@ -262,11 +268,11 @@ class EngineMedia:
                 name = (item.span.encoder, item.key)
                 if name in batch or self._cache.get(name) is not None:
                     continue
-                if batch and (num_tokens + item.span.num_tokens > self._max_tokens or len(batch) == MAX_BATCH):
+                if batch and (num_tokens + item.span.num_tokens > max_tokens or len(batch) == MAX_BATCH):
                     break
                 batch[name] = item
                 num_tokens += item.span.num_tokens
-            if num_tokens >= self._max_tokens:
+            if batch and num_tokens >= max_tokens:
                 break
         errors = self._encode_each(batch)
         ready: list[EngineRequest] = []

@@ -5,7 +5,7 @@ alone gives regions out and takes them back; it never does so while a lease is o
 the head before and after: a region that was given to another item meanwhile is an error and never another's picture.
 """
 
-import contextlib
+import ctypes
 import mmap
 import os
 from bisect import bisect_left, insort
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import msgspec
+import numpy as np
 
 from light_core.errors import LightError
 
@@ -28,6 +29,11 @@ PAGE = mmap.PAGESIZE
 ALIGN = 64
 HEAD = 8
 MAX_HEAD_BYTES = 1 << 16
+AHEAD_BYTES = 32 << 20
+"""Of memory that the system has given before an item is written to it."""
+POPULATED_BYTES = 1 << 20
+POPULATE_WRITE = 23
+"""`MADV_POPULATE_WRITE` of Linux 5.14."""
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "bfloat16", "float32", "float64")
 
 
@@ -82,6 +88,8 @@ class MediaStore:
         self._items: OrderedDict[tuple[str, bytes], Kept] = OrderedDict()
         self._free: list[tuple[int, int]] = [(0, self.size_bytes)]  # (offset, length), by offset, never adjacent
         self.used_bytes = 0
+        self._reached = 0  # what lies beyond has never been given out
+        self._populated = 0
 
     def __len__(self) -> int:
         return len(self._items)
@@ -123,6 +131,7 @@ class MediaStore:
                         del self._free[index]
                     else:
                         self._free[index] = (offset + length, free - length)
+                    self._reached = max(self._reached, offset + length)
                     return offset
             oldest = next((item for item in self._items.values() if not item.leases), None)
             if oldest is None or length > self.size_bytes:
@@ -132,14 +141,26 @@ class MediaStore:
     def _drop(self, item: Kept) -> None:
         del self._items[item.encoder, item.key]
         self.used_bytes -= item.length
-        self._memory[item.offset : item.offset + HEAD] = bytes(HEAD)  # who still reads it finds out
-        with contextlib.suppress(OSError):  # a system that cannot punch holes keeps the pages for the next item
-            self._memory.madvise(mmap.MADV_REMOVE, item.offset, item.length)
+        # Who still reads it finds out. Its pages stay: an item is dropped for the next one, for which they would be taken anew.
+        self._memory[item.offset : item.offset + HEAD] = bytes(HEAD)
         insort(self._free, (item.offset, item.length))
         index = bisect_left(self._free, (item.offset, item.length))
         for at in (index, index - 1):
             if 0 <= at < len(self._free) - 1 and sum(self._free[at]) == self._free[at + 1][0]:
                 self._free[at : at + 2] = [(self._free[at][0], self._free[at][1] + self._free[at + 1][1])]
+
+    def populate(self) -> None:
+        """Has the system give memory for the next items: taken page by page while an item is written, it would cost more time
+        than the writing. Any thread, one at a time; blocks for some milliseconds, without the interpreter's lock, in parts so
+        that others who want memory have their turn."""
+        end = min(self._reached + AHEAD_BYTES, self.size_bytes)
+        if end - self._populated < min(AHEAD_BYTES // 4, self.size_bytes - self._populated) or end == self._populated:
+            return
+        begin, self._populated = self._populated, end
+        address = ctypes.addressof((ctypes.c_char * self.size_bytes).from_buffer(self._memory))
+        advise = ctypes.CDLL(None).madvise
+        for at in range(begin, end, POPULATED_BYTES):  # an older system says no: no matter
+            advise(ctypes.c_void_p(address + at), ctypes.c_size_t(min(POPULATED_BYTES, end - at)), POPULATE_WRITE)
 
     def check(self) -> None:
         """Asserts that regions and free runs cover the file once."""
@@ -199,8 +220,9 @@ class MediaReader:
                 size *= extent
             if not HEAD <= at <= at + size <= length:
                 raise _lost()
-            data = bytearray(memory[offset + at : offset + at + size])
-            tensors[name] = torch.frombuffer(data, dtype=kind).view(shape) if size else torch.empty(shape, dtype=kind)
+            data = torch.empty(size, dtype=torch.uint8)
+            data.numpy()[:] = np.frombuffer(memory, np.uint8, size, offset + at)
+            tensors[name] = data.view(kind).view(shape)
         self._head(memory, key, offset, length)
         return tensors
 

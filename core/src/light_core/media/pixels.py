@@ -19,8 +19,8 @@ __all__ = ["FORMATS", "ImageLimits", "Pixels", "content_key", "decode_image", "i
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What is opened at all. TIFF, SVG, PSD and the like are not: their readers are large and seldom needed."""
-BAND_PIXELS = 1 << 20
-"""Pixels that are converted at a time, so that no second copy of a whole image is made."""
+BAND_PIXELS = 1 << 16
+"""Pixels that are converted at a time: no second copy of a whole image is made, and each part stays in the processor's cache."""
 ORIENTATION = 0x0112
 DIGEST_BYTES = 32
 

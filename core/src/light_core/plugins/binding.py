@@ -86,6 +86,7 @@ def bind(
     folder: str = "",
     machine: Machine | None = None,
     kernels: Mapping[str, str] = MappingProxyType({}),
+    enforce_eager: bool = False,
 ) -> ModelRuntime:
     """Asks every model hook once and freezes the answers.
 
@@ -97,7 +98,7 @@ def bind(
         family: of the checkpoint, from `resolve_family`; where it says that the text model is of another family, that
             one is found here.
         config: of the checkpoint.
-        dtype, device, limits, shard, quantization, folder: as `ModelContext` has them.
+        dtype, device, limits, shard, quantization, folder, enforce_eager: as `ModelContext` has them.
         machine: where kernels run; None takes it from `device`.
         kernels: op to the name of the kernel that must serve it.
 
@@ -111,7 +112,7 @@ def bind(
     _check_capabilities(family, dtype, shard, quantization)
     ops = OpTable(create_kernel_registry(loaded), machine or describe_machine(device), dtype, kernels)
     model = _context(loaded, ops, family=family, config=config, device=device, limits=limits, folder=folder)
-    model = replace(model, shard=shard, quantization=quantization)
+    model = replace(model, shard=shard, quantization=quantization, enforce_eager=enforce_eager)
     _check_capabilities(model.family, dtype, shard, quantization)
     hooks = _ModelHooks(loaded, model)
     layout = hooks.one("light_kv_layout", KVLayout)

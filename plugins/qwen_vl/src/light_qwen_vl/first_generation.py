@@ -145,7 +145,7 @@ class FirstImageEncoder(nn.Module):
         options: dict[str, Any] = {"dtype": torch.float32, "device": model.device}
         mean, std = (torch.tensor(values, **options).view(3, 1, 1) for values in (MEAN, STD))
         self.mean, self.std = nn.Buffer(mean, persistent=False), nn.Buffer(std, persistent=False)
-        self.graphs = ShapeGraphs(self.encode, GRAPH_BATCH, self._largest)
+        self.graphs = ShapeGraphs(self.encode, GRAPH_BATCH, self._largest, captures=not model.enforce_eager)
 
     def forward(self, items: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """`[tokens of all items, O]`, in their order."""

@@ -1,9 +1,15 @@
 """CUDA graphs of an encoder, one for each shape of batch that comes back.
 
-A small picture takes the GPU less time than its some 500 kernels take the host to launch. A batch whose shape has been
-seen before is therefore captured, and replayed from then on. What graphs need of the GPU is taken once, by capturing the
-largest batch that is ever captured when the encoder first runs, which is when the engine measures memory; all others fit
-into it. Encoders run one batch at a time, in one thread.
+A small picture takes the GPU less time than its some 300 kernels take the host to launch. A batch whose shape has been
+seen before is therefore captured, and replayed from then on:
+
+    first, second time   as it is; attention by a kernel that needs no plan
+    third                attention is planned by cuDNN, which takes the host some milliseconds once
+    fourth               captured, which takes the host as long as launching, and replayed; from then on replayed
+
+What graphs need of the GPU is taken once, by capturing the largest batch that is ever captured when the encoder first runs,
+which is when the engine measures memory: all others use its inputs, its result and its pool. Encoders run one batch at a
+time, in one thread.
 """
 
 import logging
@@ -20,7 +26,9 @@ __all__ = ["ShapeGraphs"]
 logger = logging.getLogger(__name__)
 
 SEEN = 3
-"""Batches of one shape before it is captured: capturing takes as long as several of them."""
+"""Batches of one shape from which on more are expected."""
+WARM_UPS = 2
+"""Of the largest batch, at the start: kernels compile, plans are made."""
 MAX_GRAPHS, MAX_COUNTED = 16, 1024
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PLANNED = [SDPBackend.CUDNN_ATTENTION, *UNPLANNED]
@@ -29,29 +37,30 @@ PLANNED = [SDPBackend.CUDNN_ATTENTION, *UNPLANNED]
 Encode = Callable[..., torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[torch.Tensor, ...]
-    output: torch.Tensor
-
-
 class ShapeGraphs:
     """Runs `encode`, by graphs where shapes come back.
 
     Args:
         encode: a hashable shape and tensors to one new tensor. The shape settles those of the tensors and everything that
-            depends on more than their contents.
+            depends on more than their contents. Tensors of two shapes differ in their first dimension alone, and so do the
+            results.
         max_rows: rows of the first tensor up to which batches are captured.
         create_largest: makes a shape and tensors of `max_rows` rows, on the GPU, to take memory by.
+        captures: False runs every batch as it is.
     """
 
-    def __init__(self, encode: Encode, max_rows: int, create_largest: Callable[[], tuple[Hashable, tuple[torch.Tensor, ...]]]) -> None:
+    def __init__(
+        self,
+        encode: Encode,
+        max_rows: int,
+        create_largest: Callable[[], tuple[Hashable, tuple[torch.Tensor, ...]]],
+        captures: bool = True,
+    ) -> None:
         self._encode, self._max_rows, self._create_largest = encode, max_rows, create_largest
         self._graphs: dict[Hashable, _Captured] = {}
         self._seen: Counter[Hashable] = Counter()
-        self._pool: Any = None
-        self._is_open = True
+        self._memory: _Memory | None = None
+        self._captures = captures
 
     @property
     def shapes(self) -> tuple[Hashable, ...]:
@@ -62,43 +71,76 @@ class ShapeGraphs:
         """`encode(shape, *inputs)`, in a tensor of its own."""
         if not inputs[0].is_cuda:
             return self._encode(shape, *inputs)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._capture(*self._create_largest())
-        comes_back = shape in self._graphs or self._comes_back(shape)
-        if comes_back and self._has_room(shape, len(inputs[0])):
-            self._capture(shape, inputs)
+        if self._captures and self._memory is None:
+            self._take_memory()
         captured = self._graphs.get(shape)
         if captured is None:
-            with sdpa_kernel(PLANNED if comes_back else UNPLANNED, set_priority=True):
+            times = self._count(shape)
+            if times > SEEN and self._has_room(len(inputs[0])):
+                captured = self._capture(shape, inputs)
+        if captured is None:
+            with sdpa_kernel(PLANNED if times >= SEEN else UNPLANNED, set_priority=True):
                 return self._encode(shape, *inputs)
         for static, tensor in zip(captured.inputs, inputs, strict=True):
             static.copy_(tensor)
         captured.graph.replay()
         return captured.output.clone()
 
-    def _comes_back(self, shape: Hashable) -> bool:
-        """Counts a batch of `shape`, and says whether more are to be expected."""
+    def _count(self, shape: Hashable) -> int:
+        """Counts a batch of `shape`, and returns how many there have been."""
         if len(self._seen) >= MAX_COUNTED:
             self._seen.clear()
         self._seen[shape] += 1
-        return self._seen[shape] >= SEEN
+        return self._seen[shape]
 
-    def _has_room(self, shape: Hashable, num_rows: int) -> bool:
-        """Whether `shape` can be captured, and has not been."""
-        return self._is_open and shape not in self._graphs and num_rows <= self._max_rows and len(self._graphs) < MAX_GRAPHS
+    def _has_room(self, num_rows: int) -> bool:
+        """Whether one more shape can be captured."""
+        return self._captures and num_rows <= self._max_rows and len(self._graphs) < MAX_GRAPHS
 
-    def _capture(self, shape: Hashable, inputs: Sequence[torch.Tensor]) -> None:
-        static = tuple(tensor.clone() for tensor in inputs)
+    def _take_memory(self) -> None:
+        shape, inputs = self._create_largest()
+        with sdpa_kernel(PLANNED, set_priority=True):
+            for _ in range(WARM_UPS):
+                output = self._encode(shape, *inputs)
+        self._memory = _Memory(inputs, torch.empty_like(output), torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+        del output
+        self._capture(shape, inputs)
+
+    def _capture(self, shape: Hashable, inputs: Sequence[torch.Tensor]) -> "_Captured | None":
+        """The graph of a shape whose kernels have run before; None if it cannot be captured."""
+        memory = self._memory
+        assert memory is not None
+        static = tuple(largest[: len(tensor)] for largest, tensor in zip(memory.inputs, inputs, strict=True))
         graph = torch.cuda.CUDAGraph()
         try:
-            with sdpa_kernel(PLANNED, set_priority=True):
-                for _ in range(2):  # kernels compile, plans are made
-                    self._encode(shape, *static)
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # Not by `torch.cuda.graph`: it waits for the GPU and gives all unused memory back, in the midst of serving.
+            with sdpa_kernel(PLANNED, set_priority=True), torch.cuda.stream(memory.stream):
+                graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
+                try:
                     output = self._encode(shape, *static)
+                    result = memory.output[: len(output)].copy_(output)
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:  # also out of memory: the encoder does without
             logger.warning("pictures are encoded without CUDA graphs from now on: %s", " ".join(str(error).split())[:200])
-            self._is_open = False
-            return
-        self._graphs[shape] = _Captured(graph, static, output)
+            self._captures = False
+            return None
+        captured = self._graphs[shape] = _Captured(graph, static, result)
+        return captured
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What all graphs share: inputs and result of the largest, its pool, and the stream that captures."""
+
+    inputs: tuple[torch.Tensor, ...]
+    output: torch.Tensor
+    pool: Any
+    stream: torch.cuda.Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[torch.Tensor, ...]
+    output: torch.Tensor

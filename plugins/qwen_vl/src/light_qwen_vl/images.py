@@ -1,14 +1,16 @@
 """From a picture to the patches that the encoder of Qwen2-VL and later sees, in the order in which it sees them.
 
-Runs in a process without a GPU and gives 8-bit pixels; the encoder normalises them. A picture keeps its shape: its sides
-are rounded to whole units of `merge_size` patches, and it is made smaller or larger only where it has more or fewer
-pixels than are allowed (arXiv 2409.12191, section 2.1). The patches of a unit follow one another, as one token comes of
-them. Qwen2.5-VL attends within windows of units in most layers (arXiv 2502.13923, section 2.1.1); windows stand one after
-the other, and those of one size side by side, so that a batch of windows is a view.
+`preprocess` runs in a process without a GPU and hands the 8-bit pixels on as they are; `cut_patches` runs where the encoder
+does, which resamples, cuts and normalises them in a fraction of the time. A picture keeps its shape: its sides are rounded to
+whole units of `merge_size` patches, and it is made smaller or larger only where it has more or fewer pixels than are allowed
+(arXiv 2409.12191, section 2.1). The patches of a unit follow one another, as one token comes of them. Qwen2.5-VL attends
+within windows of units in most layers (arXiv 2502.13923, section 2.1.1); windows stand one after the other, and those of one
+size side by side, so that a batch of windows is a view.
 """
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,15 +19,33 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from light_qwen_vl.resampling import resample, sampling_table
 from light_sdk import RequestError
 
-__all__ = ["MEAN", "STD", "ImageRules", "Run", "fitted_size", "grid", "num_tokens", "preprocess", "unit_order", "window_runs"]
+__all__ = [
+    "MEAN",
+    "STD",
+    "ImageRules",
+    "Run",
+    "cut_patches",
+    "fitted_size",
+    "grid",
+    "num_tokens",
+    "preprocess",
+    "unit_order",
+    "window_runs",
+]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, of pixels from 0 to 1."""
 MAX_RATIO = 200
 """Of the longer side to the shorter one."""
+BICUBIC = Image.Resampling.BICUBIC
+MAX_SHRINKING = 2
+"""Pixels of a picture, times those that it is fitted to, that are handed on: one that shrinks by more is resampled first, as
+copying it would take longer."""
+PPM_HEAD = re.compile(rb"P6\s+(\d+)\s+(\d+)\s+255\s")
 
 Run = tuple[int, int]
 """So many sequences, one after the other, of so many patches each."""
@@ -63,31 +83,60 @@ def preprocess(rules: ImageRules, data: bytes) -> dict[str, torch.Tensor]:
     """The picture in `data` (PPM, or whatever Pillow reads).
 
     Returns:
-        "patches": uint8 `[T, 3 * patch_size²]`, in the encoder's order; channel by channel, row by row.
-        "places": int32 `[T, 2]`, row and column of each patch in the picture.
+        "pixels": uint8 `[height, width, 3]`, of a picture that shrinks a lot as many as it is fitted to, else its own.
+        "rows", "columns": int32, the tables of `resample` by which they become those that it is fitted to.
+        "places": int32 `[T, 2]`, row and column of each patch in the picture, in the encoder's order.
         "units": int32 `[rows, columns]`, for each unit of the picture, how many units come before it in that order.
 
     Raises:
         RequestError: one side is more than 200 times as long as the other.
     """
-    picture: Image.Image = Image.open(io.BytesIO(data))
-    picture = picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it
-    height, width = fitted_size(picture.height, picture.width, rules)
-    pixels = np.asarray(picture.resize((width, height), Image.Resampling(rules.resample)))
-    patch, merge = rules.patch_size, rules.merge_size
+    pixels = _read(data)
+    height, width = fitted_size(pixels.shape[0], pixels.shape[1], rules)
+    if rules.resample != BICUBIC or pixels.size > MAX_SHRINKING * 3 * height * width:
+        pixels = _resize(Image.fromarray(pixels), height, width, rules)
+    merge = rules.merge_size
     rows, columns = height // rules.unit_size, width // rules.unit_size
     order = unit_order(rows, columns, rules.window)
-    units = pixels.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    patches = units.reshape(rows * columns, merge * merge, 3 * patch * patch)[order].reshape(-1, 3 * patch * patch)
     inner = np.stack(np.divmod(np.arange(merge * merge), merge), -1)
     places = np.stack(np.divmod(order, columns), -1)[:, None] * merge + inner
     before = np.empty(rows * columns, np.int32)
     before[order] = np.arange(rows * columns, dtype=np.int32)
     return {
-        "patches": torch.from_numpy(patches),
+        "pixels": torch.from_numpy(pixels),
+        "rows": sampling_table(pixels.shape[0], height),
+        "columns": sampling_table(pixels.shape[1], width),
         "places": torch.from_numpy(places.reshape(-1, 2).astype(np.int32)),
         "units": torch.from_numpy(before.reshape(rows, columns)),
     }
+
+
+def cut_patches(rules: ImageRules, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The patches of a preprocessed picture, on its device: uint8 `[T, 3 * patch_size²]`, in the encoder's order; channel by
+    channel, row by row."""
+    pixels = resample(item["pixels"], item["rows"], item["columns"])
+    patch, merge = rules.patch_size, rules.merge_size
+    rows, columns = item["units"].shape
+    units = pixels.view(rows, merge, patch, columns, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1)
+    if rules.window is not None:
+        units = torch.empty_like(units).index_copy_(0, item["units"].flatten().long(), units)
+    return units.view(rows * columns * merge * merge, 3 * patch * patch)
+
+
+def _read(data: bytes) -> npt.NDArray[np.uint8]:
+    """8-bit RGB, `[height, width, 3]`, in memory of its own. PPM is what core hands over, and needs no reader."""
+    head = PPM_HEAD.match(data)
+    if head is None:
+        picture: Image.Image = Image.open(io.BytesIO(data))
+        return np.array(picture.convert("RGB"))
+    width, height = int(head[1]), int(head[2])
+    return np.frombuffer(data, np.uint8, height * width * 3, head.end()).reshape(height, width, 3).copy()
+
+
+def _resize(picture: Image.Image, height: int, width: int, rules: ImageRules) -> npt.NDArray[np.uint8]:
+    """One axis after the other, as `resample` does; which one Pillow takes first depends on its version and on the sizes."""
+    method = Image.Resampling(rules.resample)
+    return np.array(picture.resize((width, picture.height), method).resize((width, height), method))
 
 
 def num_tokens(tensors: Mapping[str, torch.Tensor]) -> int:

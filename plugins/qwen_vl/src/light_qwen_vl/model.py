@@ -18,7 +18,7 @@ from torch import nn
 
 from light_qwen_vl.config import VisionShape, axis_sections
 from light_qwen_vl.graphs import ShapeGraphs
-from light_qwen_vl.images import Run, grid, num_tokens, preprocess, window_runs
+from light_qwen_vl.images import Run, cut_patches, grid, num_tokens, preprocess, window_runs
 from light_qwen_vl.positions import positions
 from light_sdk import Hidden, MediaEncoder, ModelContext, ModelError, Step
 from light_sdk.layers import (
@@ -109,7 +109,7 @@ class ImageEncoder(nn.Module):
         half = size // shape.num_heads // 2
         frequencies = THETA ** -(torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
         self.frequencies = nn.Buffer(frequencies.to(model.device), persistent=False)
-        self.graphs = ShapeGraphs(self.encode, (GRAPH_SIDE * rules.merge_size) ** 2, self._largest)
+        self.graphs = ShapeGraphs(self.encode, (GRAPH_SIDE * rules.merge_size) ** 2, self._largest, captures=not model.enforce_eager)
 
     def forward(self, items: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """`[tokens of all items, E]`, in their order."""
@@ -123,7 +123,8 @@ class ImageEncoder(nn.Module):
     def together(self, items: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """As `forward`, in one pass."""
         grids = tuple(grid(item) for item in items)
-        patches, places = (torch.cat([item[name] for item in items]) for name in ("patches", "places"))
+        patches = torch.cat([cut_patches(self.shape.rules, item) for item in items])
+        places = torch.cat([item["places"] for item in items])
         begins = [sum(map(math.prod, grids[:index])) for index in range(len(items))]
         units = torch.cat([item["units"].flatten() + begin for item, begin in zip(items, begins, strict=True)])
         return self.graphs(grids, (patches, places, units))
@@ -133,7 +134,7 @@ class ImageEncoder(nn.Module):
 
         Args:
             grids: rows and columns of units, for each picture.
-            patches, places: as `preprocess` gives them, of all pictures.
+            patches, places: as `cut_patches` and `preprocess` give them, of all pictures.
             units: int32 `[number of units]`, for each the row of the encoder's last layer that it is made of.
         """
         pixels = (patches.view(len(patches), 3, -1).float() / 255 - self.mean) / self.std
