@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-isolated"
 PYTHON = ENVIRONMENT / "bin" / "python"
 PLUGINS = tuple(sorted(manifest.parent.name for manifest in (ROOT / "plugins").glob("*/pyproject.toml")))
-START_S = 120
+START_S = 300
 
 
 def run(*command: object) -> None:
@@ -133,10 +133,10 @@ def serve_and_ask(model: str, plugin: str, *options: str) -> None:
             url = wait_for_url(server, log)
             body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
             request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-            answer = json.load(urllib.request.urlopen(request, timeout=60))
+            answer = json.load(urllib.request.urlopen(request, timeout=START_S))
             assert answer["usage"]["completion_tokens"] == 8, answer
             server.terminate()
-            assert server.wait(30) == 0, f"exit code {server.returncode}"
+            assert server.wait(START_S) == 0, f"exit code {server.returncode}"
         except BaseException:
             log.seek(0)
             print(log.read(), file=sys.stderr)

@@ -177,15 +177,28 @@ def start_server(folder: Path, host: Host) -> Seeing:
 A, B, C = picture(40, 33), picture(16, 70), picture(20, 20)
 
 
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Seeing]:
+    host = Host(file_of(A))
+    server = start_server(folder, host)
+    try:
+        yield server.ready()
+    finally:
+        server.close()
+        host.close()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
-    host = Host(file_of(A))
-    running = start_server(tmp_path_factory.mktemp("seeing"), host)
-    try:
-        yield running.ready()
-    finally:
-        running.close()
-        host.close()
+    with running(tmp_path_factory.mktemp("seeing")) as server:
+        yield server
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Seeing]:
+    """For a test that ends it."""
+    with running(tmp_path) as server:
+        yield server
 
 
 # ------------------------------------------------------------------------------------------- what it sees
@@ -206,9 +219,9 @@ def test_order_is_kept_over_parts_and_messages(server: Seeing) -> None:
 
 def test_a_second_question_neither_encodes_nor_prefills(server: Seeing) -> None:
     fresh = picture(64, 64, 1)
-    time.sleep(0.5)  # counters of the media process come a few times a second
-    before = server.metrics()
-    first = server.ask(image_part(fresh), text_part("w1 w2"))
+    before = server.quiet()
+    own = {"cache_salt": "nobody else's"}  # not even the first word is cached
+    first = server.ask(image_part(fresh), text_part("w1 w2"), **own)
     assert server.says(first) == server.expected("user", fresh, "w1 w2 assistant")
     stream = server.openai.chat.completions.create(
         model="echo",
@@ -217,12 +230,14 @@ def test_a_second_question_neither_encodes_nor_prefills(server: Seeing) -> None:
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body=own,
     )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == server.expected("user", fresh, "w3 assistant")
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 1 + 16
-    after = server.wait_for(lambda: (found := server.quiet())["light:media_asked_total"] - before["light:media_asked_total"] == 2 and found)
+    after = server.quiet()
+    assert after["light:media_asked_total"] - before["light:media_asked_total"] == 2
     grown = {name: after[name] - before[name] for name in after if name.startswith(("light:media", "vllm:iteration_tokens_total_sum"))}
     assert grown["light:media_items_total"] == 2 and grown["light:media_encoded_total"] == 1
     assert grown["light:media_decoded_total"] == 2, "another file"
@@ -290,14 +305,18 @@ def test_addresses_of_the_allowed_host(server: Seeing) -> None:
 
 def test_a_slow_host_is_given_up_and_holds_nobody_up(server: Seeing) -> None:
     slow = image_part(f"http://127.0.0.1:{server.host.port}/slow")
+    seen = server.expected("user", A, "w1 assistant")
     with ThreadPoolExecutor(1) as threads:
-        began = time.monotonic()
-        waiting = threads.submit(server.ask, slow)
-        for index in range(5):
-            assert server.says(server.ask(image_part(A), text_part(f"w{index}"))) == server.expected("user", A, f"w{index} assistant")
-        assert time.monotonic() - began < 2 or waiting.done()
-        server.refuses(waiting.result(), "did not answer in 2 s")
-    assert time.monotonic() - began < 4
+        for _ in range(5):  # the two seconds may be over before another has its answer; not time and again
+            asked = server.host.asked.count("/slow")
+            waiting = threads.submit(server.ask, slow)
+            server.wait_for(lambda asked=asked: server.host.asked.count("/slow") > asked)
+            assert server.says(server.ask(image_part(A), text_part("w1"))) == seen
+            was_waiting = not waiting.done()
+            server.refuses(waiting.result(), "did not answer in 2 s")
+            if was_waiting:
+                break
+        assert was_waiting, "others wait for it"
 
 
 def test_files(server: Seeing) -> None:
@@ -354,12 +373,10 @@ def test_hostile_files_cost_a_400_and_nothing_else(server: Seeing) -> None:
         "/v1/completions",
         json={"model": "echo", "prompt": "w1 w2", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True},
     ) as neighbour:
-        for name, (data, words) in CORPUS.items():
-            began = time.monotonic()
+        for data, words in CORPUS.values():
             server.refuses(
                 server.ask(text_part("w1"), image_part(A), image_part(data)), rf"^messages\[0\]\.content\[2\]\.image_url: .*({words})"
             )
-            assert time.monotonic() - began < 2, name
         text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in neighbour.iter_lines() if line.startswith("data: {"))
     tokens = predict([server.vocabulary["w1"], server.vocabulary["w2"]], 900, server.config)
     assert text == "".join(f" {server.words[token]}" for token in tokens), "a neighbour"
@@ -390,9 +407,9 @@ def test_a_picture_that_plugin_or_encoder_cannot_do(server: Seeing) -> None:
 
 
 def test_a_thousand_pictures(server: Seeing) -> None:
-    began = time.monotonic()
+    before = server.metrics()["light:media_asked_total"]
     server.refuses(server.ask(*[image_part(B)] * 1000), "1000 items; a request may have 32")
-    assert time.monotonic() - began < 2
+    assert server.metrics()["light:media_asked_total"] == before, "none of them was looked at"
     server.refuses(server.ask(*[image_part(picture(160, 160))] * 32), "limit is 1024 tokens")
 
 
@@ -458,7 +475,7 @@ def test_clients_that_go_leave_nothing(server: Seeing) -> None:
 
 def test_the_terminal_shows_pictures_too(server: Seeing) -> None:
     command = [LIGHT, "chat", "--url", server.url, "--image", str(server.folder / "media" / "b.png"), "--max-tokens", str(COUNT)]
-    ended = subprocess.run([*command, "--temperature", "0"], input="w1\n", capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*command, "--temperature", "0"], input="w1\n", capture_output=True, text=True, timeout=240)
     said = server.expected("user", B, "w1 assistant").replace(" <image>", "")
     assert ended.returncode == 0 and ended.stdout.replace("> ", "").strip() == said.strip()
 
@@ -474,7 +491,8 @@ def test_a_lost_decoder_is_replaced(server: Seeing) -> None:
 # ------------------------------------------------------------------------------------------- processes
 
 
-def test_a_restart_of_http_voids_leases_and_the_end_of_media_ends_all(server: Seeing) -> None:
+def test_a_restart_of_http_voids_leases_and_the_end_of_media_ends_all(own_server: Seeing) -> None:
+    server = own_server
     messages = [{"role": "user", "content": [image_part(A)]}]
     extra = {"ignore_eos": True}
     stream = server.openai.chat.completions.create(model="echo", messages=messages, max_tokens=900, stream=True, extra_body=extra)
@@ -488,11 +506,11 @@ def test_a_restart_of_http_voids_leases_and_the_end_of_media_ends_all(server: Se
             return server.http.get("/health").status_code == 200
         return False
 
-    server.wait_for(again, 60)
+    server.wait_for(again)
     assert server.says(server.ask(image_part(A))) == server.expected("user", A, "assistant")
     server.wait_for(lambda: server.quiet()["light:media_leased"] == 0)
     pids = [process.pid for process in server.tree()]
     os.kill(server.pids["media"], signal.SIGKILL)
-    assert server.ended(10) != 0
+    assert server.ended() != 0
     assert "the media process was killed by SIGKILL" in server.log
-    server.wait_for(lambda: not any(alive(pid) for pid in pids), 3)
+    server.wait_for(lambda: not any(alive(pid) for pid in pids))

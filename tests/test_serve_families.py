@@ -171,7 +171,7 @@ def test_answers_are_transformers(family: str, families: dict[str, Callable[[Pat
         check_completions(server, source)
         check(server, source)
         server.process.terminate()
-        assert server.ended(30) == 0, server.log
+        assert server.ended() == 0, server.log
     finally:
         server.close()
 

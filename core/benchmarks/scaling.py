@@ -7,6 +7,7 @@ logarithms of size and cost: 0 is flat, 1 is proportional) and the line of fixed
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -198,7 +199,11 @@ def against_streams(num_tokens: int, sizes: tuple[int, ...]) -> Iterator[dict]:
 
 def process_cpu_us(pid: int | None) -> float:
     """CPU time of all threads of a process, to the nanosecond where Linux tells it: /proc/PID/stat counts in 10 ms."""
-    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e3
+    total_ns = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended since it was listed
+            total_ns += int(path.read_text().split()[0])
+    return total_ns / 1e3
 
 
 def curve(title: str, size: str, unit: str, points: Points) -> dict:

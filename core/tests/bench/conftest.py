@@ -13,12 +13,16 @@ import pytest
 
 Answer = Callable[["Handler", dict[str, Any]], None]
 
+FENCE_S = 60.0
+"""After which a test that waits for what never comes fails."""
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Keeps connections alive, as servers of the API do."""
 
     protocol_version = "HTTP/1.1"
     server: "FakeServer"
+    is_open = False
 
     def do_GET(self) -> None:
         self.send_json(200, {"data": [{"id": "first"} | self.server.card]})
@@ -32,14 +36,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.in_flight += 1
             self.server.most = max(self.server.most, self.server.in_flight)
             answer = self.server.answers.pop(0) if self.server.answers else stream
+            self.is_open = True
         try:
             answer(self, body)
         finally:
-            with self.server.lock:
-                self.server.in_flight -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Counts the request as answered: before its last bytes go out, after which the client may send the next."""
+        with self.server.lock:
+            self.server.in_flight -= self.is_open
+            self.is_open = False
 
     def send_json(self, status: int, body: Any) -> None:
         data = json.dumps(body).encode()
+        self.leave()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -58,6 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.chunk(f"data: {json.dumps(body)}\n\n")
 
     def end(self) -> None:
+        self.leave()
         self.chunk("data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -75,6 +87,17 @@ def stream(handler: Handler, body: dict[str, Any]) -> None:
         handler.event({"choices": [{"text": "x"}], "usage": None})
     handler.event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
     handler.end()
+
+
+def together(count: int) -> Answer:
+    """As `stream`, but `count` requests are answered only when all of them have come."""
+    barrier = threading.Barrier(count, timeout=FENCE_S)
+
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        barrier.wait()
+        stream(handler, body)
+
+    return answer
 
 
 class FakeServer(http.server.ThreadingHTTPServer):
@@ -106,6 +129,11 @@ def server() -> Iterator[FakeServer]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def answer_together() -> Callable[[int], Answer]:
+    return together
 
 
 def png_shape(path: Path) -> tuple[int, int]:

@@ -36,6 +36,14 @@ def test_serving(tmp_path: Path, look_at: Look, loads: list[tuple[Any, Any]]) ->
     assert min(look_at(tmp_path / "a.png")) > 600
 
 
+@pytest.mark.parametrize("gaps", [[], [0.0, 0.0]], ids=["one token", "one read"])
+def test_serving_without_time_between_tokens(tmp_path: Path, look_at: Look, gaps: list[float]) -> None:
+    times = {"median_ttft_ms": 3.0, "p99_ttft_ms": 9.0} | dict.fromkeys(("median_itl_ms", "p99_itl_ms"), 0.0 if gaps else None)
+    results = [times | {"output_throughput": 50.0, "num_prompts": 1, "request_rate": "inf", "max_concurrency": 1}]
+    plot_serving(str(tmp_path / "a.png"), results, [[Sample(3, 0.0, 1.0, 0.1, gaps, 0.2, 1 + len(gaps))]])
+    assert min(look_at(tmp_path / "a.png")) > 600
+
+
 def test_curves(tmp_path: Path, look_at: Look) -> None:
     curve = {"title": "plan", "size": "requests", "unit": "µs", "points": [(1, 2.0), (10, 2.1), (100, 2.2)], "exponent": 0.02}
     plot_curves(str(tmp_path / "a.png"), [curve] * 4)

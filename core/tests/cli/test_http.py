@@ -1,6 +1,7 @@
 """The small client, against a small server."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,11 +89,11 @@ def test_refusals(peer: ThreadingHTTPServer, path: str, words: str) -> None:
         Server(url_of(peer)).call("POST", path, {})
 
 
-def test_nobody_there(peer: ThreadingHTTPServer) -> None:
-    url = url_of(peer)
-    peer.socket.close()
-    with pytest.raises(LightError, match="no server answers") as caught:
-        Server(url).model()
+def test_nobody_there() -> None:
+    with socket.socket() as holder:  # bound, so that nobody else listens there, and not listening
+        holder.bind(("127.0.0.1", 0))
+        with pytest.raises(LightError, match="no server answers") as caught:
+            Server(f"http://127.0.0.1:{holder.getsockname()[1]}").model()
     assert "light serve" in caught.value.remedy
     assert caught.value.exit_code == 2
 

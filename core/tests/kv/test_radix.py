@@ -1,6 +1,10 @@
 """The radix tree against a plain dictionary of prefixes, and its promises one by one."""
 
+import sys
 import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,14 +189,31 @@ def test_random_use_agrees_with_a_dictionary_of_prefixes(seed: int) -> None:
                 tree.check()
 
 
+def lines_run(call: Callable[[], None]) -> int:
+    """Lines of Python that `call` runs."""
+    count, before = 0, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 def test_a_prompt_of_131072_tokens_and_a_path_of_100000_nodes() -> None:
     tree = RadixCache(2)
     rng = np.random.default_rng(0)
     prompt = rng.integers(32_000, size=131_072, dtype=np.int32)
     put(tree, "long", prompt, 0)
-    begin = time.perf_counter()
-    assert tree.match("long", prompt)[2] == len(prompt)
-    assert time.perf_counter() - begin < 0.05, "a long match must be a few array operations"
+    matched: list[int] = []
+    num_lines = lines_run(lambda: matched.append(tree.match("long", prompt)[2]))
+    assert matched == [len(prompt)] and num_lines < 100, "a long match must be a few array operations"
     node = tree.match("deep", ids())[0]
     for i in range(100_000):
         node, _ = tree.insert(node, ids(i % 7), ids(i))
@@ -218,5 +239,6 @@ def test_eviction_of_many_leaves_costs_no_more_for_each_than_of_few() -> None:
         assert tree.total_tokens == 0
         return (time.process_time() - begin) / count
 
-    cost(1000)
-    assert cost(40_000) < 8 * cost(2_000), "eviction is not O(log n)"
+    # The best of three: a collection of garbage, or a pause that counts as processor time, falls into one of them.
+    few, many = (min(cost(count) for _ in range(3)) for count in (2_000, 40_000))
+    assert many < 8 * few, "eviction is not O(log n)"

@@ -269,7 +269,7 @@ def test_end_to_end_in_a_fresh_process(site):
         "assert 'torch' not in sys.modules\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site.folder), *filter(None, sys.path)])}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     family, error, cause, remedy = done.stdout.splitlines()
     assert family == "good" and error.startswith("error: no plugin serves NoModel")

@@ -20,13 +20,15 @@ import psutil
 import pytest
 
 HERE = Path(__file__).parent
+FENCE_S = 60.0
+"""After which what should happen at once has failed to; below the watchdog's 120 s."""
 
 
 class Stream:
     """A client in the middle of a stream."""
 
     def __init__(self, port: int, prompt: list[int], params: dict[str, Any]) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FENCE_S)
         self._connection.request("POST", "/generate", json.dumps({"prompt": prompt, "params": params}))
         self._response = self._connection.getresponse()
         self.first = json.loads(self._response.readline())
@@ -50,10 +52,12 @@ class Server:
 
     def __init__(self, model: str, settings: dict[str, Any], server: dict[str, Any], max_num_seqs: int = 256) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lp", dir="/tmp"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = settings.get("port") or probe.getsockname()[1]
-        options = {"num_slots": 512, "stats_interval_s": 0.5} | settings | {"port": self.port}
+        # Bound as long as the server is there, but not listening: nobody else gets the port, and the server can have it.
+        self._held_port = socket.socket()
+        self._held_port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held_port.bind(("127.0.0.1", 0))
+        self.port = settings.get("port") or self._held_port.getsockname()[1]
+        options = {"num_slots": 512, "stats_interval_s": 0.5, "heartbeat_timeout_s": 30.0} | settings | {"port": self.port}
         wanted = {"model": model, "settings": options, "server": server, "max_num_seqs": max_num_seqs}
         paths = [str(HERE), *(path for path in sys.path if path)]
         env = {**os.environ, "TMPDIR": str(self.folder), "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "error"}
@@ -77,9 +81,9 @@ class Server:
     def all_pids(self) -> list[int]:
         return [self.process.pid, *(int(pid) for pid in re.findall(r"started the \w+ process \((\d+)\)", self.log))]
 
-    def request(self, path: str, body: Any = None, timeout: float = 10) -> tuple[int, Any]:
+    def request(self, path: str, body: Any = None) -> tuple[int, Any]:
         """Status and decoded JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=FENCE_S)
         try:
             connection.request("POST" if body is not None else "GET", path, json.dumps(body) if body is not None else None)
             response = connection.getresponse()
@@ -88,24 +92,28 @@ class Server:
         finally:
             connection.close()
 
-    def generate(self, prompt: list[int], timeout: float = 30, **params: Any) -> tuple[int, list[dict[str, Any]]]:
+    def generate(self, prompt: list[int], **params: Any) -> tuple[int, list[dict[str, Any]]]:
         """Status and deltas."""
-        return self.request("/generate", {"prompt": prompt, "params": params}, timeout)
+        return self.request("/generate", {"prompt": prompt, "params": params})
 
     def open_stream(self, prompt: list[int], **params: Any) -> "Stream":
         """A stream whose first delta has come."""
         self._streams.append(Stream(self.port, prompt, params))
         return self._streams[-1]
 
-    def wait_for(self, condition: Callable[[], Any], timeout: float = 15) -> Any:
+    def let_go(self) -> None:
+        """Lets answers end that are held."""
+        (self.folder / "go").touch()
+
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
         """What `condition` gives once it is true; connection errors count as false."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + FENCE_S
         while time.monotonic() < end:
             with contextlib.suppress(OSError, http.client.HTTPException, json.JSONDecodeError):
                 if value := condition():
                     return value
             time.sleep(0.02)
-        raise AssertionError(f"it did not happen in {timeout} s:\n{self.log}")
+        raise AssertionError(f"it did not happen in {FENCE_S} s:\n{self.log}")
 
     def ready(self) -> "Server":
         self.wait_for(lambda: self.request("/health")[0] == 200)
@@ -115,20 +123,20 @@ class Server:
         body: dict[str, Any] = self.request("/stats")[1]
         return body
 
-    def ended(self, timeout: float) -> int:
+    def ended(self) -> int:
         """The exit code; asserts that nothing is left of the tree."""
         try:
-            code = self.process.wait(timeout)
+            code = self.process.wait(FENCE_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"it did not end in {timeout} s:\n{self.log}") from None
-        self.gone(1.0)
+            raise AssertionError(f"it did not end in {FENCE_S} s:\n{self.log}") from None
+        self.gone()
         return code
 
-    def gone(self, timeout: float) -> None:
+    def gone(self) -> None:
         """Asserts that no process, socket folder or listener is left."""
-        self.wait_for(lambda: not [pid for pid in self.all_pids()[1:] if is_alive(pid)], timeout)
-        assert [entry.name for entry in self.folder.iterdir()] == ["stderr"], "a socket folder is left"
-        self.wait_for(self._port_is_free, 1.0)
+        self.wait_for(lambda: not [pid for pid in self.all_pids()[1:] if is_alive(pid)])
+        assert {entry.name for entry in self.folder.iterdir()} <= {"stderr", "go"}, "a socket folder is left"
+        self.wait_for(self._port_is_free)
 
     def _port_is_free(self) -> bool:
         with socket.socket() as probe:
@@ -143,6 +151,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        self._held_port.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

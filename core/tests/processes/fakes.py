@@ -1,7 +1,8 @@
 """What the process tests run in the place of an engine, a tokenizer and a server. Imported in the child processes.
 
 The engine answers a prompt [a, b, c, …] with its tokens over and over, one a step. The model's name says how it
-behaves, as a list of `key=value`, e.g. "load_s=1,crash_at=10".
+behaves, as a list of `key=value`, e.g. "load_s=1,crash_at=10". An answer to a prompt that begins with `HELD` stands still
+before its last token until there is a file "go" in the temporary folder.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from light_core.server.client import EngineState, ModelCard
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 60_000
 EOS = 999
+HELD = 12
 
 
 class FakeEngine:
@@ -73,7 +75,11 @@ class FakeEngine:
             raise RuntimeError("the kernel met an illegal address")
         if self._stats.steps == self._number.get("hang_at"):
             time.sleep(1000)
-        return [self._advance(request) for request in list(self._live.values())[: self._max_running]]
+        return [self._advance(request) for request in list(self._live.values())[: self._max_running] if not self._is_held(request)]
+
+    def _is_held(self, request: EngineRequest) -> bool:
+        is_last = self._done[request.request_id] + 1 == request.params.max_tokens
+        return is_last and request.prompt[0] == HELD and not os.path.exists(os.path.join(os.environ["TMPDIR"], "go"))
 
     def _advance(self, request: EngineRequest) -> TokenUpdate:
         done = self._done[request.request_id]

@@ -1,14 +1,17 @@
 """Shared requests: slots and generations, memory, and the board."""
 
 import os
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from light_core.engine.requests import EngineStats
 from light_core.errors import RequestError
-from light_core.processes.arena import BLOBS, ROW_TOKENS, Arena, ArenaFds, SlotRange, create_arena
+from light_core.processes import arena as arena_module
+from light_core.processes.arena import BLOBS, NUM_STEPS, ROW_TOKENS, Arena, ArenaFds, SlotRange, Watch, create_arena
 
 
 @pytest.fixture
@@ -110,12 +113,32 @@ def test_board(fds: ArenaFds) -> None:
     assert reader.read("stats", EngineStats) is None
     writer.write("stats", EngineStats(steps=5, finished={"stop": 2}))
     assert reader.read("stats", EngineStats) == EngineStats(steps=5, finished={"stop": 2})
-    assert reader.silent_s("engine") == float("inf")
+    before = time.monotonic()
+    assert reader.last_beat_s("engine") == 0
     writer.beat("engine")
-    assert 0 <= reader.silent_s("engine") < 1
-    assert reader.silent_s("http") == float("inf")
+    assert before <= reader.last_beat_s("engine") <= time.monotonic() and reader.last_beat_s("http") == 0
     with pytest.raises(AssertionError):
         writer.write("progress", "x" * 5000)
+
+
+def test_silence_counts_while_somebody_listens(fds: ArenaFds, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now, monotonic_ns=lambda: int(clock.now * 1e9))
+    monkeypatch.setattr(arena_module, "time", clock)
+    board, watch = Arena(fds).board, Watch(Arena(fds).board)
+
+    def look(after_s: float, times: int = 1) -> float:
+        clock.now += after_s
+        late_s = watch.look()
+        return late_s if times == 1 else look(after_s, times - 1)
+
+    board.beat("engine")
+    assert look(0.25) == 0 and watch.silent_s("engine") == 0 and watch.silent_s("http") == 0.25
+    assert look(0.25, 12) == 0 and watch.silent_s("engine") == 3 and watch.unchanged_s(NUM_STEPS) == 3.25
+    assert look(600.0) == 599 and watch.silent_s("engine") == 4, "all were stopped: that nobody beat meanwhile says nothing"
+    board.beat("engine")
+    assert watch.silent_s("engine") == 0, "also before the next look"
+    look(0.25, 2)
+    assert watch.silent_s("engine") == 0.25 and watch.silent_s("http") == 4.75
 
 
 @pytest.mark.parametrize("byte", [0, 3, 4, 7, 8, 12])

@@ -15,6 +15,7 @@ from light_core.processes.channels import Receiver, Sender, SocketFolder
 from light_core.processes.messages import Abort, ToEngine
 
 LIMIT = 1 << 16
+FENCE_S = 60.0
 
 
 @pytest.fixture
@@ -37,11 +38,10 @@ def context() -> Iterator[Any]:
 def received(receiver: Receiver[Any], count: int) -> list[Any]:
     """The next `count` messages, or fewer if they do not come."""
     messages: list[Any] = []
-    for _ in range(100):
-        messages += receiver.drain()
-        if len(messages) >= count:
-            return messages
+    end = time.monotonic() + FENCE_S
+    while len(messages) < count and time.monotonic() < end:
         receiver.wait(0.05)
+        messages += receiver.drain()
     return messages
 
 
@@ -69,10 +69,36 @@ def test_a_receiver_may_be_restarted(context: Any, tmp_path: Path) -> None:
     assert len(received(first, 1)) == 1
     first.close()
     second: Receiver[Any] = Receiver(context, tmp_path, "http", ToEngine, LIMIT)
-    for number in range(2, 40):  # what is sent before the sender notices goes with the first receiver
+    arrived: list[Any] = []
+    number = 1
+    while not arrived:  # what is sent before the sender notices goes with the first receiver
+        number += 1
+        assert number < FENCE_S / 0.02
         sender.send(Abort(number, 1))
-        time.sleep(0.02)
-    assert received(second, 1)[-1] == Abort(39, 1)
+        second.wait(0.02)
+        arrived += second.drain()
+    assert sender.send(Abort(number + 1, 1))
+    while arrived[-1] != Abort(number + 1, 1):
+        more = received(second, 1)
+        assert more, arrived
+        arrived += more
+    assert [message.slot for message in arrived] == list(range(arrived[0].slot, number + 2)), "from there on nothing is lost"
+
+
+def test_noise_counts_to_the_limit_and_what_is_behind_it_is_told(context: Any, tmp_path: Path) -> None:
+    receiver: Receiver[Any] = Receiver(context, tmp_path, "engine", ToEngine, LIMIT)
+    sender = Sender(context, tmp_path, "engine", LIMIT)
+    for _ in range(3):
+        sender._socket.send(b"noise")
+    sender.send(Abort(5, 1))
+    drained: list[Any] = []
+    end = time.monotonic() + FENCE_S
+    while not drained and time.monotonic() < end:
+        receiver.wait(0.05)
+        drained = list(receiver.drain(limit=1))
+        assert not (drained and receiver.is_drained), "it cannot know yet"
+    assert drained == [Abort(5, 1)]
+    assert list(receiver.drain(limit=1)) == [] and receiver.is_drained
 
 
 def test_noise_is_dropped(context: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -44,11 +44,18 @@ def test_obituaries(code: str, words: str) -> None:
 
 
 def test_listener_takes_a_free_port_and_names_the_holder_of_a_taken_one() -> None:
-    with bind_listener("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1.*listens there"):
+    with bind_listener("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
+    with socket.socket() as holder:  # bound and not listening: so long nobody else can take the port in between
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+        with (
+            bind_listener("127.0.0.1", port),
+            pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1.*listens there"),
+        ):
             bind_listener("127.0.0.1", port)
-    bind_listener("127.0.0.1", port).close()
+        bind_listener("127.0.0.1", port).close()
 
 
 def test_a_host_that_is_not_ours() -> None:

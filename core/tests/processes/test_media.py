@@ -70,7 +70,7 @@ class Setup:
         self.server.receive(Prepare(client, request, salt, sources))
 
     async def answer(self, request: int, client: int = ME) -> Any:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while (client, request) not in self.answers:
                 await asyncio.sleep(0.002)
         return self.answers.pop((client, request))
@@ -97,7 +97,7 @@ async def serving(size_bytes: int = 1 << 22, **settings: Any) -> AsyncIterator[S
         assert setup is not None
         return setup.send(message)
 
-    server = MediaServer([plugin.encoder], MediaSettings(**{"decoders": 2, **settings}), store, send)
+    server = MediaServer([plugin.encoder], MediaSettings(**{"decoders": 2, "decode_timeout_s": 60.0, **settings}), store, send)
     setup = Setup(server, plugin, store, MediaReader(fd))
     try:
         yield setup

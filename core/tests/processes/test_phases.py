@@ -17,7 +17,7 @@ def play(log: LoadingLog) -> str:
 
 
 def test_phases_are_timed_once_each() -> None:
-    assert re.fullmatch(r"\d\.\d s: plugins \d\.\d, weights \d\.\d, memory \d\.\d", play(LoadingLog(io.StringIO())))
+    assert re.fullmatch(r"\d+\.\d s: plugins \d+\.\d, weights \d+\.\d, memory \d+\.\d", play(LoadingLog(io.StringIO())))
 
 
 def test_no_bar_but_on_a_terminal() -> None:

@@ -18,6 +18,9 @@ from light_core.processes.engine import _Outbox
 from light_core.processes.messages import Progress, StepUpdate
 from light_core.server.client import Delta
 
+FENCE_S = 60.0
+HELD = 12
+"""A prompt that begins with it has an answer that does not end before `let_go`."""
 PIECES = {token: f"{chr(97 + token % 26)}{token}" for token in range(1000)}
 
 
@@ -118,22 +121,23 @@ def test_bad_requests_are_refused_and_cost_nothing(shared_server: Any) -> None:
 
 
 def test_disconnect_aborts(shared_server: Any) -> None:
+    shared_server.wait_for(lambda: all_slots_back(shared_server))
     before = shared_server.stats()["stats"]["finished"].get("abort", 0)
-    streams = [shared_server.open_stream([5, number], max_tokens=50_000) for number in range(20)]
+    streams = [shared_server.open_stream([HELD, number], max_tokens=50) for number in range(20)]
     assert shared_server.stats()["free"] == 492
     for stream in streams:
         stream.close()
-    shared_server.wait_for(lambda: all_slots_back(shared_server), 3)
-    shared_server.wait_for(lambda: shared_server.stats()["stats"]["finished"]["abort"] == before + 20, 1)
+    shared_server.wait_for(lambda: all_slots_back(shared_server))
+    shared_server.wait_for(lambda: shared_server.stats()["stats"]["finished"]["abort"] == before + 20)
 
 
 def test_long_requests_give_their_memory_back(shared_server: Any) -> None:
     for _ in range(3):
-        streams = [shared_server.open_stream([5] * 50_000, max_tokens=9000) for _ in range(20)]
+        streams = [shared_server.open_stream([HELD] * 50_000, max_tokens=9000) for _ in range(20)]
         assert shared_server.stats()["resident"] > 20 * 200_000
         for stream in streams:
             stream.close()
-        shared_server.wait_for(lambda: all_slots_back(shared_server), 5)
+        shared_server.wait_for(lambda: all_slots_back(shared_server))
     assert shared_server.stats()["resident"] < 512 * 16384
 
 
@@ -169,11 +173,11 @@ def test_malformed_frames_are_dropped(shared_server: Any, tmp_path: Path) -> Non
     canary = tmp_path / "canary"
     valid = [
         encode(Submit(600, 1, 5, SamplingParams(), 0, "")),
-        encode(Abort(3, 77)),
+        encode(Abort(400, 77)),  # no test here has so many requests at a time: this one and most mutants mean nobody's
         encode(StopHit(2**31 - 1, 5)),
-        encode(Open(3, 77, 5, True, True, ["x"], False)),
-        encode(StepUpdate([Progress(3, 77, 5), Progress(70_000, 1, 2**31 - 1, "stop")])),
-        encode(TextUpdates([TextUpdate(3, 77, "x", 0, 1, True, "stop")])),
+        encode(Open(400, 77, 5, True, True, ["x"], False)),
+        encode(StepUpdate([Progress(400, 77, 5), Progress(70_000, 1, 2**31 - 1, "stop")])),
+        encode(TextUpdates([TextUpdate(400, 77, "x", 0, 1, True, "stop")])),
     ]
     (sockets,) = [entry for entry in shared_server.folder.iterdir() if entry.is_dir()]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -193,7 +197,7 @@ def test_malformed_frames_are_dropped(shared_server: Any, tmp_path: Path) -> Non
             sender.send_multipart([valid[1], valid[1]])
             sender.send(b"\xdd" + b"\xff" * 50)
             sender.send(b"\x91" * 100_000)
-            sender.close(linger=1000)
+            sender.close(linger=int(1e3 * FENCE_S))
         big = context.socket(zmq.PUSH)
         big.connect(f"ipc://{sockets / 'engine'}")
         big.send(bytes(65 << 20))
@@ -204,14 +208,15 @@ def test_malformed_frames_are_dropped(shared_server: Any, tmp_path: Path) -> Non
     status, deltas = shared_server.generate([5, 6, 7], max_tokens=300)
     assert (status, len(tokens_of(deltas))) == (200, 300)
     assert not canary.exists()
-    assert "malformed message" in shared_server.log
+    for name in ("engine", "detokenizer", "http"):
+        shared_server.wait_for(lambda name=name: re.search(f"malformed message.*to {name}", shared_server.log))
     assert shared_server.process.poll() is None
     shared_server.wait_for(lambda: all_slots_back(shared_server))
 
 
 def test_overload_is_refused(start: Callable[..., Any]) -> None:
     server = start("step_s=0.01", {"num_slots": 8, "max_queued": 100}).ready()
-    streams = [server.open_stream([5], max_tokens=50_000) for _ in range(8)]
+    streams = [server.open_stream([HELD], max_tokens=2) for _ in range(8)]
     status, body = server.generate([5])
     assert (status, "all 8 request slots" in body[0]["error"]) == (429, True)
     streams[0].close()
@@ -224,7 +229,7 @@ def test_queue_bound(start: Callable[..., Any]) -> None:
     status, body = server.generate([5], n=8, max_tokens=2)
     assert (status, "the limit is 3" in body[0]["error"]) == (429, True)
     assert server.generate([5], n=7, max_tokens=2)[0] == 200
-    streams = [server.open_stream([5], n=2, max_tokens=5000)]
+    streams = [server.open_stream([HELD], n=2, max_tokens=2)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(server.generate, [5], n=3, max_tokens=2)
         server.wait_for(lambda: server.stats()["stats"]["num_requests_waiting"] == 3)
@@ -237,13 +242,14 @@ def test_queue_bound(start: Callable[..., Any]) -> None:
 
 def test_a_slow_reader_holds_nobody_up(start: Callable[..., Any]) -> None:
     """A stopped detokenizer: the engine goes on, and nothing is lost when it comes back."""
-    server = start("step_s=0.001").ready()
-    stream = server.open_stream([5, 6], max_tokens=4000)
+    server = start("step_s=0.001", {"heartbeat_timeout_s": 1.0}).ready()
+    stream = server.open_stream([HELD, 6], max_tokens=4000)
     pid = server.pids()["detokenizer"]
     os.kill(pid, signal.SIGSTOP)
     steps = server.stats()["stats"]["steps"]
     server.wait_for(lambda: server.stats()["stats"]["steps"] > steps + 500)
-    server.wait_for(lambda: server.request("/health")[0] == 503, 5)
+    server.wait_for(lambda: server.request("/health")[0] == 503)
+    server.let_go()
     os.kill(pid, signal.SIGCONT)
     assert len(tokens_of([stream.first, *stream.rest()])) == 4000
     server.wait_for(lambda: server.request("/health")[0] == 200)
@@ -297,26 +303,31 @@ def test_times_survive_wherever_updates_are_joined() -> None:
 def test_idle_costs_nothing(shared_server: Any) -> None:
     shared_server.wait_for(lambda: all_slots_back(shared_server))
     processes = [psutil.Process(pid) for pid in shared_server.pids().values()]
-    before = [sum(process.cpu_times()[:2]) for process in processes]
+    began, before = time.monotonic(), [sum(process.cpu_times()[:2]) for process in processes]
     time.sleep(2)
     used = [sum(process.cpu_times()[:2]) - first for process, first in zip(processes, before)]
-    assert max(used) < 0.2, used
+    assert max(used) < 0.2 * (time.monotonic() - began), "processor time; one that asks over and over takes all there is"
 
 
 def test_throughput_line(shared_server: Any) -> None:
+    began = len(shared_server.log)
     shared_server.generate([5, 6, 7], max_tokens=600)
     line = r"prompt \d+ tok/s, output [1-9]\d* tok/s, running \d+, waiting 0, KV 0.0 %, prefix hits 0.0 %"
-    shared_server.wait_for(lambda: re.search(line, shared_server.log))
-    time.sleep(1.2)
-    quiet = len(shared_server.log)
-    time.sleep(1.2)
-    assert len(shared_server.log) == quiet, "it logs while nothing happens"
+    shared_server.wait_for(lambda: re.search(line, shared_server.log[began:]))
+
+    def is_quiet() -> bool:
+        """For longer than two lines are apart. If it went on while nothing happens, it would never be."""
+        length = len(shared_server.log)
+        time.sleep(1.2)
+        return len(shared_server.log) == length
+
+    shared_server.wait_for(is_quiet)
 
 
 def test_connection_before_http_is_up_waits(start: Callable[..., Any]) -> None:
     """The port is bound before anything loads: a client that comes at once gets an answer, not a refusal."""
-    server = start("load_s=1")
+    server = start("load_s=600")
     server.wait_for(lambda: server.pids().get("http"))
-    with socket.create_connection(("127.0.0.1", server.port), 5) as client:
+    with socket.create_connection(("127.0.0.1", server.port), FENCE_S) as client:
         client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 200")

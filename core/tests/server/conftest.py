@@ -1,6 +1,7 @@
 """A real server in a thread, around the stub engine and a tokenizer that is built here; nothing needs the network."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -22,6 +23,8 @@ from light_core.server.settings import ServerSettings
 from light_core.server.stub import StubEngine
 from light_core.text.tokenizer import Tokenizer, load_tokenizer
 
+FENCE_S = 60.0
+"""After which what should happen at once has failed to."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if tools %}{{ tools | tojson }}{% endif %}{% if shout %}LOUD{% endif %}"
@@ -76,8 +79,8 @@ class RunningServer:
         self._prepare = prepare
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        assert self._up.wait(10)
-        self.http = httpx.Client(base_url=self.url, timeout=10)
+        assert self._up.wait(FENCE_S)
+        self.http = httpx.Client(base_url=self.url, timeout=FENCE_S)
 
     def _run(self) -> None:
         async def main() -> None:
@@ -106,25 +109,22 @@ class RunningServer:
         """Runs `work` on the server's event loop."""
         done = threading.Event()
         self.loop.call_soon_threadsafe(lambda: (work(), done.set()))
-        assert done.wait(5)
+        assert done.wait(FENCE_S)
 
-    def raw(self, data: bytes, timeout_s: float = 5.0) -> bytes:
-        """What the server answers to these bytes until it closes the connection or says no more for `timeout_s`."""
+    def raw(self, data: bytes) -> bytes:
+        """What the server answers to these bytes until it closes the connection; a `TimeoutError` if it does neither."""
         answer = b""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
-            try:
-                connection.sendall(data)
-                while part := connection.recv(65536):
-                    answer += part
-            except (TimeoutError, ConnectionError):
-                pass
+        with socket.create_connection(("127.0.0.1", self.port), timeout=FENCE_S) as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+            while part := connection.recv(65536):
+                answer += part
         return answer
 
     def stop(self) -> None:
         self.http.close()
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.stopping.set)
-        self._thread.join(10)
+        self._thread.join(FENCE_S)
         assert not self._thread.is_alive()
         self.listener.close()
 

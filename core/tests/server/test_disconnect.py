@@ -11,11 +11,11 @@ from light_core.server.stub import StubEngine
 
 
 def request(fields: str) -> bytes:
-    body = b'{"prompt": [9, 10, 11], "max_tokens": 400' + fields.encode() + b"}"
+    body = b'{"prompt": [9, 10, 11], "max_tokens": 4000' + fields.encode() + b"}"
     return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
-def wait_for(condition: Any, timeout_s: float = 5.0) -> None:
+def wait_for(condition: Any, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

@@ -1,14 +1,19 @@
 """/metrics: parseable, vLLM's names, true."""
 
+from collections.abc import Callable
+from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from light_core.errors import EngineDeadError
+from light_core.server import generation
 from light_core.server.metrics import Histogram
 from light_core.server.stub import StubEngine
 
+TICK_S = 0.03125
 VLLM = {
     "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"],
     "counter": ["prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "num_preemptions", "request_success"],
@@ -59,8 +64,24 @@ def test_names_and_kinds(server: Any) -> None:
     assert (config.value, config.labels["block_size"], config.labels["num_gpu_blocks"]) == (1, "1", str(1 << 20))
 
 
-def test_values(start: Any, tokenizer: Any) -> None:
-    server = start(StubEngine(tokenizer, step_s=0.01))
+@pytest.fixture
+def ticking(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StubEngine]:
+    """Makes engines of whose deltas each comes `TICK_S` after the one before, by the clock that the metrics are taken with."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(generation, "time", clock)
+
+    class Ticking(StubEngine):
+        async def generate(self, *args: Any, **kwargs: Any) -> Any:
+            async with aclosing(super().generate(*args, **kwargs)) as deltas:
+                async for delta in deltas:
+                    clock.now += TICK_S
+                    yield delta
+
+    return lambda **options: Ticking(tokenizer, **options)
+
+
+def test_values(start: Any, ticking: Callable[..., StubEngine]) -> None:
+    server = start(ticking())
     before = scrape(server)
     server.complete("hello", max_tokens=5, add_special_tokens=False)
     list(server.chat(max_tokens=7, stream=True).iter_lines())
@@ -69,8 +90,10 @@ def test_values(start: Any, tokenizer: Any) -> None:
     assert after["vllm:prompt_tokens_total", ""] == sum(len(prompt) for prompt, _, _ in server.engine.requests)
     assert after["vllm:time_to_first_token_seconds_count", ""] == 2
     assert after["vllm:inter_token_latency_seconds_count", ""] == 4 + 6
-    assert 0.08 < after["vllm:inter_token_latency_seconds_sum", ""] < 3
+    assert after["vllm:time_to_first_token_seconds_sum", ""] == pytest.approx(2 * TICK_S)
+    assert after["vllm:inter_token_latency_seconds_sum", ""] == pytest.approx((4 + 6) * TICK_S)
     assert after["vllm:e2e_request_latency_seconds_count", ""] == 2
+    assert after["vllm:e2e_request_latency_seconds_sum", ""] == pytest.approx((5 + 7) * TICK_S)
     assert after["vllm:request_generation_tokens_sum", ""] == 12
     assert after["vllm:request_success_total", "finished_reason=length"] == 2
     assert after["vllm:num_requests_running", ""] == 0
@@ -79,8 +102,8 @@ def test_values(start: Any, tokenizer: Any) -> None:
     assert any(name == "light_info" and "plugin=light-core stub (stub)" in labels for name, labels in after)
 
 
-def test_times_of_outputs(start: Any, tokenizer: Any) -> None:
-    server = start(StubEngine(tokenizer, step_s=0.01, queue_s=0.25))
+def test_times_of_outputs(start: Any, ticking: Callable[..., StubEngine]) -> None:
+    server = start(ticking(step_s=0.01, queue_s=0.25))
     before = scrape(server)
     server.complete("hello", max_tokens=5)
     list(server.chat(max_tokens=7, stream=True).iter_lines())
@@ -89,12 +112,11 @@ def test_times_of_outputs(start: Any, tokenizer: Any) -> None:
     assert moved(before, after, "request_queue_time_seconds") == pytest.approx((4, 4 * 0.25))
     assert moved(before, after, "request_prefill_time_seconds") == pytest.approx((4, 4 * 0.01))
     count, decode_s = moved(before, after, "request_decode_time_seconds")
-    assert (count, decode_s) == pytest.approx((4, moved(before, after, "inter_token_latency_seconds")[1]))
-    assert 10 * 0.01 <= decode_s < 3
+    assert (count, decode_s) == pytest.approx((4, (4 + 6) * TICK_S))
+    assert decode_s == pytest.approx(moved(before, after, "inter_token_latency_seconds")[1])
     assert moved(before, after, "request_inference_time_seconds") == pytest.approx((4, 4 * 0.01 + decode_s))
     count, means_s = moved(before, after, "request_time_per_output_token_seconds")
-    assert count == 2, "an output of one token has no time between tokens"
-    assert decode_s / 6 < means_s < decode_s / 4
+    assert (count, means_s) == pytest.approx((2, 2 * TICK_S)), "an output of one token has no time between tokens"
     bucket = ("vllm:request_queue_time_seconds_bucket", "le=0.3")
     assert after[bucket] - before[bucket] == 4
     assert after["vllm:request_queue_time_seconds_bucket", "le=0.1"] == 0

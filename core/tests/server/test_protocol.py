@@ -1,11 +1,14 @@
 """Limits of connections, by raw sockets."""
 
+import contextlib
+import itertools
 import json
 import re
 import socket
 import time
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -14,16 +17,31 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON
 BODY = b'{"prompt": [5, 6, 7], "max_tokens": 2}'
 
 
+FENCE_S = 60.0
+
+
 @pytest.fixture(scope="module")
 def strict(start: Any) -> Any:
+    """Narrow bounds of sizes, and all the time in the world; but for idle connections, whose end `raw` waits for."""
     return start(
         max_body_bytes=100_000,
         max_header_bytes=8192,
         max_header_count=32,
-        header_timeout_s=0.5,
-        body_timeout_s=0.8,
+        header_timeout_s=600.0,
+        body_timeout_s=600.0,
         keep_alive_timeout_s=1.0,
     )
+
+
+@pytest.fixture(scope="module")
+def hurried(start: Any) -> Any:
+    """One that has no time. Only what is too slow for it is asked of it."""
+    return start(header_timeout_s=1.0, body_timeout_s=1.0, keep_alive_timeout_s=1.0)
+
+
+def is_healthy(server: Any) -> bool:
+    """On a connection of its own: one that is kept may be closed in the moment in which it is used."""
+    return httpx.get(server.url + "/health", timeout=FENCE_S).status_code == 200
 
 
 def status(answer: bytes) -> int:
@@ -45,7 +63,7 @@ def test_normal_requests_pass(strict: Any) -> None:
 
 def test_two_requests_on_one_connection(strict: Any) -> None:
     one = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    assert strict.raw(one * 3, timeout_s=2.5).count(b"HTTP/1.1 200") == 3
+    assert strict.raw(one * 3).count(b"HTTP/1.1 200") == 3
 
 
 def test_large_heads(strict: Any) -> None:
@@ -62,7 +80,7 @@ def test_large_heads(strict: Any) -> None:
 
 def test_a_64_mib_header_costs_no_memory(strict: Any) -> None:
     before = psutil.Process().memory_info().rss
-    with socket.create_connection(("127.0.0.1", strict.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=FENCE_S) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
         block = b"a" * (1 << 16)
         try:
@@ -82,12 +100,12 @@ def test_large_bodies(strict: Any) -> None:
     before = psutil.Process().memory_info().rss
     assert status(strict.raw(POST + b"Transfer-Encoding: chunked\r\n\r\n" + block * 20)) == 413
     assert psutil.Process().memory_info().rss - before < 16 << 20
-    assert strict.http.get("/health").status_code == 200
+    assert is_healthy(strict)
 
 
 def test_many_small_chunks_are_bounded(strict: Any) -> None:
     chunks = b"1\r\nx\r\n" * 150_000
-    assert status(strict.raw(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)) in (408, 413)
+    assert status(strict.raw(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)) == 413
 
 
 @pytest.mark.parametrize(
@@ -110,56 +128,42 @@ def test_many_small_chunks_are_bounded(strict: Any) -> None:
 )
 def test_malformed_requests(strict: Any, data: bytes) -> None:
     assert status(strict.raw(data)) in (400, 404, 405, 413)
-    assert strict.http.get("/health").status_code == 200
+    assert is_healthy(strict)
 
 
-def test_slow_heads_and_idle_connections_end(strict: Any) -> None:
-    begin = time.monotonic()
-    assert strict.raw(b"") == b""
-    assert status(strict.raw(b"GET /health HTTP/1.1\r\nHo")) == 408
-    assert time.monotonic() - begin < 3
+def test_slow_heads_and_idle_connections_end(hurried: Any) -> None:
+    assert hurried.raw(b"") == b""
+    assert status(hurried.raw(b"GET /health HTTP/1.1\r\nHo")) == 408
 
 
-def test_drip_fed_head_ends(strict: Any) -> None:
-    with socket.create_connection(("127.0.0.1", strict.port), timeout=3) as connection:
-        begin = time.monotonic()
-        try:
-            while time.monotonic() - begin < 3:
-                connection.sendall(b"G" if time.monotonic() - begin < 0.01 else b"E")
-                time.sleep(0.05)
-                connection.settimeout(0.01)
-                try:
-                    if connection.recv(4096):
-                        break
-                except TimeoutError:
-                    continue
-        except ConnectionError:
-            pass
-        assert time.monotonic() - begin < 1.5
+def test_drip_fed_head_ends(hurried: Any) -> None:
+    """However quickly one byte follows the other."""
+    end, data = time.monotonic() + FENCE_S, itertools.chain(b"GET /health HTTP/1.1\r\nX: ", itertools.repeat(ord("a")))
+    with socket.create_connection(("127.0.0.1", hurried.port), timeout=0.05) as connection, contextlib.suppress(ConnectionError):
+        for byte in data:
+            assert time.monotonic() < end, "it goes on as long as bytes come"
+            connection.sendall(bytes([byte]))
+            with contextlib.suppress(TimeoutError):
+                connection.recv(4096)
+                break
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"])
-def test_slow_bodies_end(strict: Any, framing: bytes) -> None:
+def test_slow_bodies_end(hurried: Any, framing: bytes) -> None:
+    assert status(hurried.raw(POST + framing)) == 408
+
+
+def test_keep_alive_ends(hurried: Any) -> None:
     begin = time.monotonic()
-    assert status(strict.raw(POST + framing)) == 408
-    assert time.monotonic() - begin < 2.5
-
-
-def test_keep_alive_ends(strict: Any) -> None:
-    with socket.create_connection(("127.0.0.1", strict.port), timeout=5) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert status(connection.recv(4096)) == 200
-        begin = time.monotonic()
-        while connection.recv(4096):
-            pass
-        assert 0.5 < time.monotonic() - begin < 3
+    assert status(hurried.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")) == 200
+    assert time.monotonic() - begin > 0.9, "it is kept for as long as was promised"
 
 
 def test_long_answers_outlive_the_reading_deadlines(start: Any, tokenizer: Any) -> None:
     from light_core.server.stub import StubEngine
 
-    server = start(StubEngine(tokenizer, step_s=0.1), header_timeout_s=0.3, body_timeout_s=0.3, keep_alive_timeout_s=0.3)
-    assert server.complete(max_tokens=12).json()["usage"]["completion_tokens"] == 12
+    server = start(StubEngine(tokenizer, step_s=0.1), header_timeout_s=1.0, body_timeout_s=1.0, keep_alive_timeout_s=1.0)
+    assert server.complete(max_tokens=14).json()["usage"]["completion_tokens"] == 14
 
 
 def test_a_client_that_does_not_read_is_dropped(start: Any, tokenizer: Any) -> None:
@@ -171,7 +175,7 @@ def test_a_client_that_does_not_read_is_dropped(start: Any, tokenizer: Any) -> N
         connection.connect(("127.0.0.1", server.port))
         body = b'{"prompt": [9, 10, 11], "max_tokens": 900000, "stream": true}'
         connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        end = time.monotonic() + 20
+        end = time.monotonic() + FENCE_S
         while not server.engine.aborted and time.monotonic() < end:
             time.sleep(0.05)
     assert server.engine.aborted == 1
@@ -180,12 +184,12 @@ def test_a_client_that_does_not_read_is_dropped(start: Any, tokenizer: Any) -> N
 def test_too_many_connections(start: Any) -> None:
     server = start(max_connections=3)
     held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
-    time.sleep(0.2)
     assert status(server.raw(b"GET /health HTTP/1.1\r\n\r\n")) == 503
     for connection in held:
         connection.close()
-    time.sleep(0.2)
-    assert server.http.get("/health").status_code == 200
+    end = time.monotonic() + FENCE_S
+    while not is_healthy(server):
+        assert time.monotonic() < end
 
 
 def test_answers_name_no_software(strict: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers
@@ -25,7 +25,7 @@ def reference(tokenizer_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(TEXTS, st.booleans())
 def test_encode_and_decode_as_transformers_does(tokenizer: Tokenizer, reference: Any, text: str, special: bool) -> None:
     ids = tokenizer.encode(text, special)
@@ -35,7 +35,7 @@ def test_encode_and_decode_as_transformers_does(tokenizer: Tokenizer, reference:
     assert b"".join(tokenizer.token_bytes(token) for token in ids).decode() == ("<s>" if special else "") + text
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["<s>", "</s>", "<|im_end|>", "<|im_", "a", "<", ">", " é"]), max_size=8).map("".join))
 def test_marked_text_has_no_special_tokens_and_stays_the_same(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode_marked(tokenizer.mark(text))

@@ -73,7 +73,7 @@ def test_no_piece_ends_within_a_character(text: str) -> None:
         assert text.startswith(shown)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.integers(0, VOCAB + 5)), st.lists(st.integers(0, VOCAB - 1), max_size=12), st.booleans(), st.randoms())
 def test_byte_level_equals_whole_decoding(token_ids: list[int], prompt: list[int], skip: bool, sizes: random.Random) -> None:
     decoder = IncrementalDecoder(SHARED, prompt, skip_special_tokens=skip)
@@ -103,7 +103,7 @@ def test_a_prompt_that_ends_within_a_character_does_not_leak() -> None:
     assert text == "\ufffd world"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(alphabet=" Helo,é日😀ß", max_size=30), st.booleans())
 def test_byte_fallback_equals_whole_decoding_after_the_prompt(text: str, with_prompt: bool) -> None:
     prompt = [BYTE_FALLBACK.token_to_id("▁Hello")] if with_prompt else []
@@ -115,7 +115,7 @@ def test_byte_fallback_equals_whole_decoding_after_the_prompt(text: str, with_pr
     assert stream(IncrementalDecoder(BYTE_FALLBACK, prompt), pieces) == whole
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, BYTE_FALLBACK.get_vocab_size() - 1), max_size=80), st.lists(st.integers(2, 257), max_size=8))
 def test_byte_fallback_survives_any_tokens(token_ids: list[int], prompt: list[int]) -> None:
     """Where the bytes are no UTF-8, whole decoding also destroys characters before them; the words must be there."""
@@ -175,7 +175,7 @@ def cut(text: str, stop: list[str], include: bool) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.text(alphabet="abcé日", max_size=40),
     st.lists(st.text(alphabet="abcé日", min_size=1, max_size=5), min_size=1, max_size=4),

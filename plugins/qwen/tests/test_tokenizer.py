@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import regex
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from light_qwen.chat import CHATML
@@ -65,7 +65,7 @@ def encode_plainly(text: str, ranks: dict[bytes, int]) -> list[int]:
 WORDS = st.sampled_from([*MORE, "a", "b", " ", "\n", "e\u0301", "你好吗", "42", "don't", "\t", "ß", "🙂", "xyzz", "<|im_"])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(st.lists(WORDS, max_size=10).map("".join) | st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_encodes_as_the_definition_says(tokenizer: Any, folder: Path, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -27,7 +27,9 @@ TRITON_OPS = (
     "attention",
     "write_latent",
     "mla_attention",
+    "latent_attention",
     "route_experts",
+    "route_tokens",
     "fused_experts",
 )
 FLOAT8_OPS = ("linear_fp8_block", "fused_experts_fp8_block")
@@ -42,6 +44,7 @@ CPU_OPS = (
     "activation",
     "attention",
     "mla_attention",
+    "latent_attention",
     "fused_experts",
 )
 COMPILED_OPS = ("rms_norm", "rotary", "rotary_kv", "gated_linear", "act_and_mul", "attention")
@@ -53,7 +56,7 @@ def light_register_kernels(registry: KernelRegistry) -> None:
     for op in ("linear", "gated_linear", *TRITON_OPS):
         registry.op(op, reference=f"light_sdk.ops.{op}.reference:{op}")
     for op in TRITON_OPS:
-        accepts = {"attention": _accepts_attention, "mla_attention": _accepts_latents}.get(op)
+        accepts = {"attention": _accepts_attention, "mla_attention": _accepts_latents, "latent_attention": _accepts_latents}.get(op)
         registry.kernel(
             Kernel(op, "triton", f"light_sdk.ops.{op}.kernel:{op}", ("cuda",), min_capability=(8, 0), dtypes=FLOATS, accepts=accepts)
         )
@@ -64,8 +67,9 @@ def light_register_kernels(registry: KernelRegistry) -> None:
     hopper = "light_sdk.ops.attention.hopper:attention"
     registry.kernel(Kernel("attention", "triton+cudnn", hopper, ("cuda",), (9, 0), HALVES, priority=10, accepts=_accepts_dense))
     # cuDNN's attention of keys of 192 and values of 128 has yet to show that it is faster: by name alone until then.
-    latent_hopper = "light_sdk.ops.mla_attention.hopper:mla_attention"
-    registry.kernel(Kernel("mla_attention", "triton+cudnn", latent_hopper, ("cuda",), (9, 0), HALVES, -10, _accepts_latents))
+    for op, target in (("mla_attention", "hopper:mla_attention"), ("latent_attention", "kernel:with_cudnn")):
+        target = f"light_sdk.ops.{op}.{target}"
+        registry.kernel(Kernel(op, "triton+cudnn", target, ("cuda",), (9, 0), HALVES, -10, _accepts_latents))
     for op in FLOAT8_OPS:
         registry.op(op, reference=f"light_sdk.ops.{op}.reference:{op}")
         registry.kernel(Kernel(op, "triton", f"light_sdk.ops.{op}.kernel:{op}", ("cuda",), (8, 9), FLOATS))

@@ -103,3 +103,35 @@ def build_batch(
 def make_batch() -> Callable[..., Batch]:
     """`build_batch`."""
     return build_batch
+
+
+@dataclass
+class LatentBatch:
+    """A step, its queries, a pool of which only the slots in use are finite, and W_UK with W_UV; `out` is NaN."""
+
+    step: Step
+    out: torch.Tensor
+    q: torch.Tensor
+    cache: torch.Tensor
+    kv_b: torch.Tensor
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Step]:
+        return self.out, self.q, self.cache, self.kv_b, self.step
+
+
+@pytest.fixture
+def make_latents() -> Callable[..., LatentBatch]:
+    """Batches of latent attention; `sizes` are heads, rank, key width without positions, rotary width, value width."""
+
+    def make(decodes, prefills, sizes, dtype=torch.float32, device="cpu", max_seq_len=None) -> LatentBatch:
+        num_heads, rank, key_dim, rotary_dim, value_dim = sizes
+        heads = (num_heads, 1, rank + rotary_dim)
+        batch = build_batch(decodes, prefills, heads, dtype=dtype, device=device, max_seq_len=max_seq_len)
+        generator = torch.Generator().manual_seed(1)
+        q = torch.randn(batch.step.num_tokens, num_heads, key_dim + rotary_dim, generator=generator)
+        kv_b = torch.randn(num_heads, key_dim + value_dim, rank, generator=generator) * rank**-0.5
+        out = torch.full((len(q), num_heads, value_dim), float("nan"), dtype=dtype, device=device)
+        return LatentBatch(batch.step, out, q.to(device, dtype), batch.k_cache[:, 0], kv_b.to(device, dtype))
+
+    return make

@@ -20,6 +20,7 @@ OPS = (
     "fused_experts",
     "fused_experts_fp8_block",
     "gated_linear",
+    "latent_attention",
     "layer_norm",
     "linear",
     "linear_fp8_block",
@@ -28,6 +29,7 @@ OPS = (
     "rotary",
     "rotary_kv",
     "route_experts",
+    "route_tokens",
     "write_kv",
     "write_latent",
 )

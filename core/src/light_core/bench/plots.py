@@ -61,7 +61,7 @@ def plot_serving(path: str, results: Sequence[Mapping[str, Any]], samples: Seque
     ttft.set(title="time to first token", xlabel="ms", ylabel="share of requests")
     itl.set(title="time between tokens", xlabel="ms", ylabel="share of gaps")
     for axes in (ttft, itl):
-        axes.legend(fontsize=8)
+        _legend(axes)
     is_rate = len({one["max_concurrency"] for one in results}) == 1 and results[0]["request_rate"] != "inf"
     loads = [one["request_rate"] if is_rate else one["max_concurrency"] or one["num_prompts"] for one in results]
     unit = "requests a second" if is_rate else "requests at a time"
@@ -77,7 +77,7 @@ def plot_serving(path: str, results: Sequence[Mapping[str, Any]], samples: Seque
         if all(one.get(key) for one in results):
             latency.plot(loads, [one[key] for one in results], "o-", label=label)
     latency.set(title="latency", xlabel=unit, ylabel="ms", yscale="log")
-    latency.legend(fontsize=8)
+    _legend(latency)
     for axes in (throughput, latency):
         if len(set(loads)) > 1:
             axes.set_xscale("log", base=2)
@@ -139,7 +139,14 @@ def _distribution(axes: "Axes", values: Sequence[float], label: str) -> None:
         return
     ordered = np.sort(values)
     axes.plot(ordered, np.arange(1, len(ordered) + 1) / len(ordered), label=label, drawstyle="steps-post")
-    axes.set_xscale("log")
+    if ordered[-1] > 0:  # tokens that come in one read are 0 s apart, and all may
+        axes.set_xscale("log")
+
+
+def _legend(axes: "Axes") -> None:
+    """Of what was drawn, if anything was: outputs of one token have no time between tokens."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
 
 
 def _load_name(result: Mapping[str, Any]) -> str:

@@ -34,9 +34,11 @@ import numpy.typing as npt
 
 from light_core.errors import RequestError
 
-__all__ = ["HEARTBEATS", "Arena", "ArenaFds", "Board", "SlotRange", "create_arena"]
+__all__ = ["HEARTBEATS", "TURN_S", "Arena", "ArenaFds", "Board", "SlotRange", "Watch", "create_arena"]
 
 PAGE = mmap.PAGESIZE
+TURN_S, LATE_S = 0.25, 1.0
+"""How often a `Watch` looks, and after how long without a look this process was not running."""
 ROW_MARGIN = 64
 """Tokens of a row beyond `max_model_len`: room for what a step has in flight when the limit is reached."""
 KEPT_ROW_BYTES = 64 << 10
@@ -113,10 +115,9 @@ class Board:
         """`process` is alive."""
         self._words[FIRST_HEARTBEAT + HEARTBEATS.index(process)] = time.monotonic_ns()
 
-    def silent_s(self, process: str) -> float:
-        """Seconds since the last beat of `process`; infinite before the first."""
-        beat = self.word(FIRST_HEARTBEAT + HEARTBEATS.index(process))
-        return (time.monotonic_ns() - beat) / 1e9 if beat else float("inf")
+    def last_beat_s(self, process: str) -> float:
+        """When `process` was last alive, by `time.monotonic`; 0 before the first time."""
+        return self.word(FIRST_HEARTBEAT + HEARTBEATS.index(process)) / 1e9
 
     def write(self, name: str, value: Any) -> None:
         """Publishes `value` (plain data or a struct) under `name`, one of `BLOBS`."""
@@ -142,6 +143,43 @@ class Board:
             return before[1] if before is not None else None
         self._last[name] = (data, value)
         return value
+
+
+class Watch:
+    """How long the state words of a board have been as they are, by a clock that stands still while this process does.
+
+    A machine, a container or a process may be stopped for a while, and somebody wakes up first: the silence of the others
+    is not their death. What counts is the time in which this process was there to look.
+
+    Args:
+        board: whose words are watched, from now on.
+    """
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._looked = time.monotonic()
+        self._running_s = 0.0
+        self._since = {index: (board.word(index), 0.0) for index in range(WORDS)}
+
+    def look(self) -> float:
+        """To be called every `TURN_S` seconds; returns by how many seconds this call is later than that can explain."""
+        now = time.monotonic()
+        late_s = max(0.0, now - self._looked - LATE_S)
+        self._running_s += now - self._looked - late_s
+        self._looked = now
+        for index, (before, _) in self._since.items():
+            if (value := self._board.word(index)) != before:
+                self._since[index] = (value, self._running_s)
+        return late_s
+
+    def unchanged_s(self, index: int) -> float:
+        """For how many seconds word `index` has been what it is now, as of the last look."""
+        value, since_s = self._since[index]
+        return self._running_s - since_s if self._board.word(index) == value else 0.0
+
+    def silent_s(self, process: str) -> float:
+        """Seconds without a beat of `process`, as of the last look."""
+        return self.unchanged_s(FIRST_HEARTBEAT + HEARTBEATS.index(process))
 
 
 class Arena:

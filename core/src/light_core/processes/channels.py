@@ -136,7 +136,11 @@ class Sender:
 
 
 class Receiver(Generic[T]):
-    """Receives messages of one union, from any number of senders. For one thread."""
+    """Receives messages of one union, from any number of senders. For one thread.
+
+    Attributes:
+        is_drained: the last `drain` found no more; not so if it came to its limit.
+    """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, name: str, kind: Any, max_message_bytes: int) -> None:
         self.name = name
@@ -147,17 +151,20 @@ class Receiver(Generic[T]):
         self._poller.register(self._socket, zmq.POLLIN)
         self._num_dropped = 0
         self._logged = 0.0
+        self.is_drained = True
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when a message may have come (edge-triggered: then `drain`)."""
         return int(self._socket.getsockopt(zmq.FD))
 
     def drain(self, limit: int = 1 << 30) -> Iterator[T]:
-        """The messages that are here now, at most `limit`. Frames that are none are logged and dropped."""
+        """The messages that are here now, of at most `limit` frames. Frames that are none are logged and dropped."""
+        self.is_drained = False
         for _ in range(limit):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
+                self.is_drained = True
                 return
             try:
                 if len(frames) != 1:

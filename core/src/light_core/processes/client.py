@@ -23,7 +23,7 @@ from light_core.engine.requests import EngineStats
 from light_core.errors import EngineDeadError, OverloadedError, RequestError
 from light_core.media.items import MediaSource, PlacedItem, PreparedItem
 from light_core.media.sources import check_source
-from light_core.processes.arena import DETOKENIZER_READY, ENGINE_READY, MEDIA_READY, MEDIA_WANTED, Arena, SlotRange
+from light_core.processes.arena import DETOKENIZER_READY, ENGINE_READY, MEDIA_READY, MEDIA_WANTED, TURN_S, Arena, SlotRange, Watch
 from light_core.processes.channels import Receiver, Sender
 from light_core.processes.messages import Abort, Hello, MediaStats, Prepare, Prepared, Refused, Release, Submit, TextUpdate, ToHttp
 from light_core.processes.settings import ProcessSettings
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 MESSAGES_PER_TURN = 16
 """Messages that are handled before other tasks of the loop have their turn."""
-ORPHAN_INTERVAL_S = 0.5
 MAX_PROMPT_LOGPROBS = 1_000_000
 """Prompt tokens times logprobs a request may ask for; what they take must fit a message."""
 MAX_MEDIA_CHARS = 256 << 20
@@ -134,6 +133,7 @@ class RemoteEngine:
 
     def __init__(self, arena: Arena, config: EngineConfig, settings: ProcessSettings, folder: Path) -> None:
         self._arena, self._settings = arena, settings
+        self._watch = Watch(arena.board)
         self._max_num_seqs = config.max_num_seqs
         self._loop = asyncio.get_running_loop()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -154,7 +154,7 @@ class RemoteEngine:
         self._draining = False
         self._dead: str | None = None
         self._loop.add_reader(self._inbox.fileno(), self._read)
-        self._timer = self._loop.call_later(ORPHAN_INTERVAL_S, self._tend)
+        self._timer = self._loop.call_later(TURN_S, self._tend)
         for slot, generation in self._slots.orphans.items():
             self._to_engine.send(Abort(slot, generation))
         self._read()
@@ -163,7 +163,7 @@ class RemoteEngine:
 
     @property
     def state(self) -> EngineState:
-        """READY only while the other processes have shown life within the last two seconds."""
+        """READY only while the other processes have shown life within the last `heartbeat_timeout_s`."""
         board = self._arena.board
         if self._dead is not None:
             return EngineState.DEAD
@@ -171,11 +171,11 @@ class RemoteEngine:
             return EngineState.DRAINING
         if not board.word(ENGINE_READY) or not board.word(DETOKENIZER_READY):
             return EngineState.LOADING
-        silent_s = max(board.silent_s("engine"), board.silent_s("detokenizer"))
+        silent_s = max(self._watch.silent_s("engine"), self._watch.silent_s("detokenizer"))
         if board.word(MEDIA_WANTED):
             if not board.word(MEDIA_READY):
                 return EngineState.LOADING
-            silent_s = max(silent_s, board.silent_s("media"))
+            silent_s = max(silent_s, self._watch.silent_s("media"))
         return EngineState.READY if silent_s < self._settings.heartbeat_timeout_s else EngineState.DEAD
 
     @property
@@ -374,15 +374,13 @@ class RemoteEngine:
 
     def _read(self) -> None:
         """Handles what has come; the descriptor is edge-triggered, so it reads until there is no more."""
-        count = 0
         for message in self._inbox.drain(MESSAGES_PER_TURN):
-            count += 1
             if isinstance(message, (Prepared, Refused)):
                 self._settle(message)
                 continue
             for update in message.updates:
                 self._dispatch(update)
-        if count == MESSAGES_PER_TURN:
+        if not self._inbox.is_drained:
             self._loop.call_soon(self._read)
 
     def _settle(self, message: Prepared | Refused) -> None:
@@ -439,12 +437,14 @@ class RemoteEngine:
             output.stream = None
 
     def _tend(self) -> None:
-        """Now and then: takes back slots of an HTTP process before this one, and reads what an edge may have missed."""
+        """Now and then: looks whether the others live, takes back slots of an HTTP process before this one, and reads what an
+        edge may have missed."""
+        self._watch.look()
         for slot in self._slots.closed_orphans():
             self._slots.release(slot)
         with contextlib.suppress(zmq.ZMQError):
             self._read()
-        self._timer = self._loop.call_later(ORPHAN_INTERVAL_S, self._tend)
+        self._timer = self._loop.call_later(TURN_S, self._tend)
 
 
 def _seed_of(seed: int, index: int) -> int:

@@ -180,9 +180,11 @@ class EngineLoop:
                 self._receive(message)
             if self._engine.has_work():
                 self._step()
-            self._outbox.flush()
-            if not self._engine.has_work():
+            is_idle = not self._engine.has_work()
+            if is_idle:  # before the last answer goes out: who has it finds it counted
                 self._publish_stats()
+            self._outbox.flush()
+            if is_idle:
                 self._inbox.wait(BACKLOG_WAIT_S if len(self._outbox) else IDLE_WAIT_S, self._wake_fd)
 
     def _step(self) -> None:

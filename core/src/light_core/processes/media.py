@@ -9,13 +9,14 @@ clients it hands to decoder processes (`light_core.media.decoders`) before anyth
 
 import asyncio
 import contextlib
+import ctypes
 import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
@@ -39,11 +40,18 @@ __all__ = ["EncodersLoader", "MediaServer"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 KNOWN_FILES = 1 << 16
 """Digests of encoded files whose pixels' key is remembered."""
 MAX_FETCHES = 64
 STATS_INTERVAL_S = 0.25
 SEND_RETRY_S = 0.02
+HEAP_OPTIONS = {-8: 1, -3: 32 << 20, -1: 64 << 20}
+"""For the C library's `mallopt`: one arena, and no page back to the system for every picture (`M_ARENA_MAX`,
+`M_MMAP_THRESHOLD`, `M_TRIM_THRESHOLD`); what a picture leaves serves the next."""
+POPULATE_DELAY_S = 0.005
+"""After an item, so that its answer goes out first."""
 ATTEMPTS = 3
 """To lease an item that others push out of memory before it is leased."""
 
@@ -76,13 +84,20 @@ class MediaServer:
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
         self.decoders = Decoders(settings)
         # Pixels of so many items exist at a time.
-        self._turn = asyncio.Semaphore(settings.decoders)
-        self._threads = ThreadPoolExecutor(settings.decoders, thread_name_prefix="media")
+        self._turn = asyncio.Semaphore(settings.num_decoders)
+        self._threads = ThreadPoolExecutor(settings.num_decoders, thread_name_prefix="media")
         self._known: OrderedDict[bytes, bytes] = OrderedDict()
         self._work: dict[bytes, asyncio.Task[bytes]] = {}
         self._requests: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._leases: dict[tuple[int, int], list[Kept]] = {}
+        self._populating: asyncio.Future[None] | None = None
+        self._is_closing = False
         self._stats = MediaStats()
+
+    async def start(self) -> None:
+        """Has decoders and memory ready before the first item comes."""
+        self._populate()
+        await self.decoders.start()
 
     def receive(self, message: Any) -> None:
         """Handles one message of `ToMedia`."""
@@ -105,10 +120,13 @@ class MediaServer:
 
     async def close(self) -> None:
         """Drops what is under way and ends the decoders."""
+        self._is_closing = True
         tasks = [*self._requests.values(), *self._work.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._populating is not None:
+            await self._populating
         await self.decoders.close()
         await self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -159,8 +177,7 @@ class MediaServer:
         encoder = self._encoders.get(source.kind)
         if encoder is None:
             raise RequestError(f"{source.param}: this model takes {', '.join(self._encoders)}", source.param)
-        data = await self._read(source)
-        file = await self._in_thread(_digest, data, salt)
+        data, file = await self._read(source, salt)
         self._stats.items += 1
         hit = True
         for _ in range(ATTEMPTS):
@@ -211,20 +228,30 @@ class MediaServer:
                 raise LightError(f"encoder {encoder.name!r} gives tensors that cannot be handed over", str(error)) from error
             if kept is None:
                 raise OverloadedError("there is no room for media now")
+            asyncio.get_running_loop().call_later(POPULATE_DELAY_S, self._populate)
             return key
 
-    async def _read(self, source: MediaSource) -> bytes:
-        """The bytes of an item."""
+    def _populate(self) -> None:
+        """Gets memory for what comes next, beside everything else."""
+        if not self._is_closing and (self._populating is None or self._populating.done()):
+            self._populating = asyncio.get_running_loop().run_in_executor(None, self._store.populate)
+
+    async def _read(self, source: MediaSource, salt: str) -> tuple[bytes, bytes]:
+        """The bytes of an item, and what its file is known by."""
         check_source(source.url, self._settings, source.param)
         scheme = scheme_of(source.url)
         if scheme in ("http", "https"):
             async with self._fetches:
-                return await self._fetcher.fetch(source.url, source.param)
-        read = read_data_url if scheme == "data" else read_file
-        data: bytes = await self._in_thread(read, source.url, self._settings, source.param)
-        return data
+                fetched = await self._fetcher.fetch(source.url, source.param)
+            return fetched, await self._in_thread(_digest, fetched, salt)
 
-    async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        def read() -> tuple[bytes, bytes]:
+            data = (read_data_url if scheme == "data" else read_file)(source.url, self._settings, source.param)
+            return data, _digest(data, salt)
+
+        return await self._in_thread(read)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
 
@@ -254,7 +281,13 @@ async def _serve(child: Child, encoders: Sequence[MediaEncoder], store: MediaSto
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     folder, limit = Path(boot.folder), boot.settings.max_message_bytes
     inbox: Receiver[Any] = Receiver(context, folder, "media", ToMedia, limit)
-    server = MediaServer(encoders, boot.settings.media, store, Sender(context, folder, "http", limit).send)
+    to_http = Sender(context, folder, "http", limit)
+
+    def send(message: Any) -> bool:
+        board.write("media", server.stats())  # before the answer goes out: who has it finds it counted
+        return to_http.send(message)
+
+    server = MediaServer(encoders, boot.settings.media, store, send)
     stopping = asyncio.Event()
 
     def obey(command: Any) -> None:
@@ -266,7 +299,7 @@ async def _serve(child: Child, encoders: Sequence[MediaEncoder], store: MediaSto
         for message in inbox.drain():
             server.receive(message)
 
-    await server.decoders.start()
+    await server.start()
     loop.add_reader(inbox.fileno(), read)
     child.loaded()
     board.write("media", server.stats())
@@ -287,6 +320,9 @@ async def _serve(child: Child, encoders: Sequence[MediaEncoder], store: MediaSto
 def main(child: Child) -> None:
     """Serves until the supervisor says stop."""
     boot = child.boot
+    with contextlib.suppress(AttributeError):  # another C library
+        for option, value in HEAP_OPTIONS.items():
+            ctypes.CDLL(None).mallopt(option, value)
     load: EncodersLoader = load_target(boot.settings.media_encoders)
     encoders = load(boot.config, boot.refs)
     import torch

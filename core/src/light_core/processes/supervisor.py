@@ -44,7 +44,9 @@ from light_core.processes.arena import (
     TAKES_CHAT,
     TAKES_IDS,
     TAKES_TEXT,
+    TURN_S,
     Arena,
+    Watch,
     create_arena,
 )
 from light_core.processes.channels import SocketFolder
@@ -58,12 +60,11 @@ __all__ = ["Supervisor", "run_server"]
 
 logger = logging.getLogger(__name__)
 
-TURN_S = 0.25
 FAIL_GRACE_S = 3.0
 STOP_GRACE_S = 10.0
 HURRY_GRACE_S = 2.0
 DRAIN_MARGIN_S = 1.5
-DUMP_TIME_S = 0.5
+DUMP_TIME_S, DUMP_STEPS = 0.5, 5
 RESTART_WINDOW_S = 60.0
 
 
@@ -116,6 +117,7 @@ class Supervisor:
         self._folder = SocketFolder()
         self._fds = create_arena(settings.num_slots)
         self._arena = Arena(self._fds)
+        self._watch = Watch(self._arena.board)
         self._media = create_media_file()
         self._boot: dict[str, Any] = {
             "folder": str(self._folder.path),
@@ -158,6 +160,7 @@ class Supervisor:
         """Waits for something to happen and deals with it."""
         for key, _ in self._selector.select(TURN_S):
             key.data()
+        self._deadline += self._watch.look()  # a process that was stopped, with all others, has not used its time up
         for number in self._signals[:]:
             self._signals.remove(number)
             self._on_signal(number)
@@ -168,7 +171,7 @@ class Supervisor:
         if self._state == "running" and self._arena.board.word(MEDIA_WANTED) and "media" not in self._children:
             self._start("media")
         if self._state != "stopping":
-            self._watch()
+            self._end_hung()
             self._status.log()
         if time.monotonic() >= self._deadline:
             self._on_deadline()
@@ -242,22 +245,22 @@ class Supervisor:
             child.kill()
         self._deadline = time.monotonic() + 1.0
 
-    def _watch(self) -> None:
+    def _end_hung(self) -> None:
         """Ends the server if a process hangs."""
         board, limit_s = self._arena.board, self._settings.watchdog_timeout_s
-        busy_since = board.word(BUSY_SINCE_NS)
-        step_s = (time.monotonic_ns() - busy_since) / 1e9 if busy_since else 0.0
+        step_s = self._watch.unchanged_s(BUSY_SINCE_NS) if board.word(BUSY_SINCE_NS) else 0.0
         for child in list(self._children.values()):
-            silent_s = board.silent_s(child.role)
+            silent_s = self._watch.silent_s(child.role)
             if child.role == "engine" and step_s > limit_s:
                 self._hung(child, f"a step has taken {step_s:.0f} s")
-            elif limit_s < silent_s < time.monotonic() - child.started:
+            elif silent_s > limit_s and board.last_beat_s(child.role) > child.started:  # not the one before it
                 self._hung(child, f"it has shown no life for {silent_s:.0f} s")
 
     def _hung(self, child: ChildProcess, cause: str) -> None:
         logger.error("the %s process hangs: %s; its stacks follow", child.role, cause)
         child.signal(DUMP_SIGNAL)
-        time.sleep(DUMP_TIME_S)
+        for _ in range(DUMP_STEPS):  # if all processes stop meanwhile, this one does not go on with nothing left of its wait
+            time.sleep(DUMP_TIME_S / DUMP_STEPS)
         child.kill()
         if child.role != "http":
             limit = f"the watchdog's limit is {self._settings.watchdog_timeout_s:.0f} s"
