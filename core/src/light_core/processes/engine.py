@@ -175,11 +175,12 @@ class EngineLoop:
     def run(self) -> None:
         """The loop. Blocks on the socket when there is no work."""
         self._publish_stats()
+        is_idle = True
         while not self._stopping:
             for message in self._inbox.drain():
                 self._receive(message)
             if self._engine.has_work():
-                self._step()
+                self._step(is_first=is_idle)
             is_idle = not self._engine.has_work()
             if is_idle:  # before the last answer goes out: who has it finds it counted
                 self._publish_stats()
@@ -187,7 +188,8 @@ class EngineLoop:
             if is_idle:
                 self._inbox.wait(BACKLOG_WAIT_S if len(self._outbox) else IDLE_WAIT_S, self._wake_fd)
 
-    def _step(self) -> None:
+    def _step(self, is_first: bool) -> None:
+        """One step; `is_first` after a time without work, and then nobody has its first token before it is counted."""
         board = self._arena.board
         board.set_word(BUSY_SINCE_NS, time.monotonic_ns())
         updates = self._engine.step()
@@ -197,7 +199,7 @@ class EngineLoop:
             live = self._live.get(update.request_id)
             if live is not None:
                 self._apply(live, update)
-        if time.monotonic() - self._published >= STATS_INTERVAL_S:
+        if is_first or time.monotonic() - self._published >= STATS_INTERVAL_S:
             self._publish_stats()
 
     def _apply(self, live: _Live, update: TokenUpdate) -> None:
