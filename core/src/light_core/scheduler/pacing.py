@@ -33,8 +33,10 @@ def paced_budget(rows: Rows, waiting: WaitingQueue, lengths: LengthEstimator, mu
         multiple: the budget is rounded up to a multiple of so many tokens.
         most: tokens that a step may have.
     """
+    if not len(waiting):
+        return most
     active = np.flatnonzero(rows.active)
-    if not len(waiting) or not len(active):
+    if not len(active):
         return most
     left = lengths.of_rows(rows, active)
     num_steps = int(left.max())

@@ -152,7 +152,7 @@ class Scheduler:
     @property
     def has_decodes(self) -> bool:
         """Whether requests that have output, or soon will, are to have more of it."""
-        return bool((self.rows.decoding & (self.rows.total < self.rows.limit)).any())
+        return len(self._decodable()) > 0
 
     def is_live(self, request_id: int) -> bool:
         """Whether that request waits or runs."""
@@ -203,16 +203,19 @@ class Scheduler:
 
     def _plan_decodes(self) -> npt.NDArray[np.int64]:
         """One more token for every prefilled row that may have one; preempts until there are slots for all."""
-        rows = self.rows
-        decodes = np.flatnonzero(rows.decoding & (rows.total < rows.limit))
+        rows, decodes = self.rows, self._decodable()
         while len(decodes) > self._num_available():
             self._preempt_newest()
-            decodes = np.flatnonzero(rows.decoding & (rows.total < rows.limit))
+            decodes = self._decodable()
         if len(decodes):
             rows.slots[decodes, rows.computed[decodes]] = self._take(len(decodes))
             rows.computed[decodes] += 1
             rows.total[decodes] += 1
         return decodes
+
+    def _decodable(self) -> npt.NDArray[np.int64]:
+        """Prefilled rows that may have one more token."""
+        return np.flatnonzero(self.rows.decoding & (self.rows.total < self.rows.limit))
 
     def _plan_prefills(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []

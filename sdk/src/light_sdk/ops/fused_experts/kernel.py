@@ -21,9 +21,9 @@ import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from light_core.engine.fakes import is_fake
 from light_sdk.ops.act_and_mul.kernel import act_and_mul
 from light_sdk.ops.activation.reference import canonical_name
+from light_sdk.ops.counters import is_fake
 from light_sdk.ops.dependent import dependent
 from light_sdk.ops.fused_experts.descriptors import down_descriptor_kernel, up_descriptor_kernel
 from light_sdk.ops.fused_experts.products import down_kernel, sum_kernel, up_kernel
