@@ -191,11 +191,11 @@ def test_generates_again_after_a_step_that_failed(
     made = engine(llama[0], max_num_batched_tokens=24, **options)
     real, calls = made.engine.runner._hidden, []
 
-    def broken(step: Any) -> Any:
+    def broken(step: Any, wanted: Any) -> Any:
         calls.append(step)
         if len(calls) == failing_step:
             raise error
-        return real(step)
+        return real(step, wanted)
 
     monkeypatch.setattr(made.engine.runner, "_hidden", broken)
     with pytest.raises(type(error)):
@@ -208,11 +208,11 @@ def test_generates_again_after_a_step_that_failed(
 def test_interrupt_comes_between_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     real, ended = llm.engine.runner._hidden, []
 
-    def interrupted(step: Any) -> Any:
+    def interrupted(step: Any, wanted: Any) -> Any:
         if not ended:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)  # the interpreter runs signal handlers between instructions
-        ended.append(real(step))
+        ended.append(real(step, wanted))
         return ended[-1]
 
     monkeypatch.setattr(llm.engine.runner, "_hidden", interrupted)
@@ -495,6 +495,20 @@ def test_quantisation_that_a_family_loads_reaches_its_hooks(tmp_path: Path) -> N
     )
     config = EngineConfig(model=str(tmp_path), model_plugin=str(source), device="cpu", load_format="dummy")
     assert bind_model(resolve_model(config), config, device="meta").model.quantization == "fp8"
+
+
+def test_the_last_layer_goes_on_with_the_wanted_tokens_alone(llama: tuple[str, Any]) -> None:
+    """Of a prompt one token is sampled after; in a chunk that is not its last none is, and one stands in."""
+    made, rows = engine(llama[0], max_num_batched_tokens=32), []
+    for layer in (made.engine.runtime.layers[0], made.engine.runtime.layers[-1]):
+        layer.mlp.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    given = prompts(1, low=50, high=51)
+    (tokens,) = run(made, given, GREEDY.replace(max_tokens=3))
+    assert tokens == reference(llama[1], given[0], 3)
+    assert rows == [32, 1, 18, 1, 1, 1, 1, 1]
+    rows.clear()
+    run(made, prompts(1, seed=1, low=50, high=51), GREEDY.replace(max_tokens=1, prompt_logprobs=1))
+    assert rows == [32, 32, 18, 18], "logprobs of a prompt need all of its tokens"
 
 
 def test_no_hook_is_called_in_a_step(llama: tuple[str, Any]) -> None:

@@ -366,7 +366,7 @@ def test_a_failing_step_forgets_media_too(create: Callable[..., Model], monkeypa
     engine = model.llm.engine
     engine.add(engine_request(model, 1, A, B))
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "_hidden", lambda step: 1 / 0)
+        patch.setattr(engine.runner, "_hidden", lambda step, wanted: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             for _ in range(3):
                 engine.step()

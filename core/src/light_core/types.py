@@ -320,6 +320,8 @@ class Step:
         media_positions: int32 [3, T], positions of three axes, where an encoder has `positions`; None elsewhere.
         shared: what the layers of a family compute once a step and all use, e.g. rotary cosines and sines; empty when
             the step begins.
+        wanted: the tokens `logits_rows` as a step of their own, each of them a decode; given to the last layer alone, where
+            it `narrows` (see `Layer`) and others are not wanted. Its `shared` is empty when that layer begins.
     """
 
     token_ids: "torch.Tensor"
@@ -340,6 +342,7 @@ class Step:
     media: "Mapping[str, MediaTokens] | None" = None
     media_positions: "torch.Tensor | None" = None
     shared: dict[str, Any] = field(default_factory=dict)
+    wanted: "Step | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -375,7 +378,15 @@ class PreLayer(Protocol):
 
 
 class Layer(Protocol):
-    """One transformer layer. A `torch.nn.Module`; its parameters are named "layers.{i}.…"."""
+    """One transformer layer. A `torch.nn.Module`; its parameters are named "layers.{i}.…".
+
+    One that has a true attribute `narrows` goes by `step.wanted`, where that is not None: it writes the KV of all tokens,
+    and gives the hidden states of the wanted ones alone, `[R, E]`. They attend as `step.wanted` says.
+
+    A module inside of it that sends each token through a few of many experts, all of one size, has them in a module
+    `experts`, and as integers `num_experts` and `top_k`, how many there are and how many a token meets. Nothing but
+    `light bench step` goes by these.
+    """
 
     def __call__(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         """As `PreLayer`; writes this step's tokens to `kv`."""

@@ -18,6 +18,7 @@ from light_core.engine.positions import PositionAxes
 from light_core.engine.requests import TokenLogprobs
 from light_core.engine.sampling import PendingLogprobs, Sampled, Sampler
 from light_core.engine.staging import Staging
+from light_core.engine.wanted import hidden_states, narrows, wanted_step
 from light_core.errors import OverloadedError
 from light_core.kv.layout import allocate
 from light_core.plugins import ModelRuntime
@@ -71,7 +72,7 @@ class ModelRunner:
         self.device = torch.device(runtime.model.device)
         self.limits = limits = runtime.model.limits
         self._use_graphs = use_graphs and self.device.type == "cuda"
-        self._groups_decodes = groups_decodes
+        self._groups_decodes, self._narrows = groups_decodes, narrows(runtime)
         tokens, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
         self._staging = Staging(
             {
@@ -81,6 +82,7 @@ class ModelRunner:
                 "shared_prefixes": ("int32", 3 * seqs),
                 "query_starts": ("int32", seqs + 1),
                 "logits_rows": ("int64", seqs),
+                "wanted_requests": ("int64", seqs),
                 "slots": ("int64", tokens),
                 "token_ids": ("int32", tokens),
                 "positions": ("int32", tokens),
@@ -245,9 +247,10 @@ class ModelRunner:
         else:
             self._update_table(plan)  # a graph writes its decodes' slots itself
             step = self._eager_step(plan)
-            hidden = self._hidden(step)
+            wanted = self._wanted(plan, step)
+            hidden = self._hidden(step, wanted)
             prompt = self._prompt_logprobs(plan, hidden, step)
-            logits = self._logits(hidden, step) if num_sampled else torch.empty(0)
+            logits = self._logits(hidden, wanted or step) if num_sampled else torch.empty(0)
         sampled = self.sampler.sample(logits, prepared) if prepared is not None else None
         if sampled is not None:
             sampled.to_host()
@@ -264,6 +267,9 @@ class ModelRunner:
     def _eager_step(self, plan: StepPlan) -> Step:
         starts = np.zeros(len(plan.rows) + 1, np.int32)
         np.cumsum(plan.query_lens, out=starts[1:])
+        # Where no token is wanted, the last one stands in.
+        ends = starts[1:] - 1
+        logits_rows = plan.sample_rows if len(plan.sample_rows) else ends[-1:]
         step = self._step(
             {
                 "rows": plan.rows,
@@ -271,7 +277,8 @@ class ModelRunner:
                 "prompt_lens": plan.prompt_lens,
                 "shared_prefixes": _shared_prefixes(plan.shared_prefixes, self.limits.max_num_seqs),
                 "query_starts": starts,
-                "logits_rows": plan.sample_rows,
+                "logits_rows": logits_rows,
+                "wanted_requests": np.searchsorted(ends, logits_rows),
                 "slots": plan.slots,
                 "token_ids": plan.token_ids,
                 "positions": plan.positions,
@@ -293,6 +300,13 @@ class ModelRunner:
             step.token_ids[: plan.num_decodes] = self.sampler.last_tokens[step.rows[: plan.num_decodes].long()]
         return step
 
+    def _wanted(self, plan: StepPlan, step: Step) -> Step | None:
+        """What the last layer goes on with; None where that is everything."""
+        count = step.logits_rows.shape[0]
+        if not self._narrows or plan.prompt_logprobs or count == plan.num_tokens:
+            return None
+        return wanted_step(step, self._staging.view("wanted_requests", count))
+
     def _step(self, arrays: dict[str, npt.NDArray[Any]], num_decodes: int, max_query_len: int, max_seq_len: int) -> Step:
         tensors = self._staging.upload(arrays)
         return Step(
@@ -311,11 +325,8 @@ class ModelRunner:
             prompt_lens=tensors["prompt_lens"],
         )
 
-    def _hidden(self, step: Step) -> Hidden:
-        hidden = self.runtime.pre(step)
-        for layer, kv in zip(self.runtime.layers, self.kv, strict=True):
-            hidden = layer(hidden, step, kv)
-        return hidden
+    def _hidden(self, step: Step, wanted: Step | None = None) -> Hidden:
+        return hidden_states(self.runtime, self.kv, step, wanted)
 
     def _logits(self, hidden: Hidden, step: Step) -> torch.Tensor:
         return self.runtime.post(hidden, step)

@@ -5,7 +5,7 @@ from torch import nn
 
 from light_bloom.config import BloomShape
 from light_sdk import Hidden, KVView, ModelContext, Step
-from light_sdk.layers import MLP, Attention, Embedding, LayerNorm, Linear, LMHead, MergedLinear, alibi_slopes
+from light_sdk.layers import MLP, Attention, Embedding, LayerNorm, Linear, LMHead, MergedLinear, alibi_slopes, wanted_rows
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
 
@@ -42,6 +42,8 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
 
+    narrows = True
+
     def __init__(self, model: ModelContext) -> None:
         super().__init__()
         shape = BloomShape.from_config(model.config)
@@ -54,7 +56,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self._normalise(self.attention_norm, hidden)
         x = self.attention(x, step, kv)
-        x, residual = self._normalise(self.mlp_norm, Hidden(x, residual))
+        x, residual = self._normalise(self.mlp_norm, Hidden(x, wanted_rows(residual, step)))
         return Hidden(self.mlp(x), residual)
 
     def _normalise(self, norm: LayerNorm, hidden: Hidden) -> Hidden:

@@ -15,6 +15,7 @@ from light_sdk.layers import (
     create_experts,
     create_gated_mlp,
     create_linear,
+    wanted_rows,
 )
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
@@ -86,6 +87,8 @@ def create_mlp(model: ModelContext, shape: DeepseekShape, layer_id: int) -> nn.M
 class DecoderLayer(nn.Module):
     """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
 
+    narrows = True
+
     def __init__(self, model: ModelContext, layer_id: int) -> None:
         super().__init__()
         shape = DeepseekShape.from_config(model.config)
@@ -97,7 +100,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
         x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, residual))
+        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
         return Hidden(self.mlp(x), residual)
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from light_llama.config import LlamaShape
 from light_sdk import Hidden, KVView, ModelContext, Step
-from light_sdk.layers import Attention, Embedding, GatedMLP, Linear, LMHead, MergedLinear, RMSNorm, Rotary, RotaryEmbedding
+from light_sdk.layers import Attention, Embedding, GatedMLP, Linear, LMHead, MergedLinear, RMSNorm, Rotary, RotaryEmbedding, wanted_rows
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
 
@@ -44,6 +44,8 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
 
+    narrows = True
+
     def __init__(self, model: ModelContext) -> None:
         super().__init__()
         shape = LlamaShape.from_config(model.config)
@@ -55,7 +57,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
         x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, residual))
+        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
         return Hidden(self.mlp(x), residual)
 
 

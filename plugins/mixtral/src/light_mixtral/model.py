@@ -5,7 +5,7 @@ from torch import nn
 
 from light_mixtral.config import MixtralShape
 from light_sdk import Hidden, KVView, ModelContext, Step
-from light_sdk.layers import Attention, Embedding, Experts, Linear, LMHead, MergedLinear, MoE, RMSNorm, Rotary, RotaryEmbedding
+from light_sdk.layers import Attention, Embedding, Experts, Linear, LMHead, MergedLinear, MoE, RMSNorm, Rotary, RotaryEmbedding, wanted_rows
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
 
@@ -45,6 +45,8 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
 
+    narrows = True
+
     def __init__(self, model: ModelContext) -> None:
         super().__init__()
         shape = MixtralShape.from_config(model.config)
@@ -57,7 +59,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
         x = self.attention(x, step, kv)
-        x, residual = self.moe_norm(Hidden(x, residual))
+        x, residual = self.moe_norm(Hidden(x, wanted_rows(residual, step)))
         return Hidden(self.moe(x), residual)
 
 

@@ -23,6 +23,7 @@ from light_sdk.layers import (
     Rotary,
     RotaryEmbedding,
     share_rotation,
+    wanted_rows,
 )
 
 __all__ = ["DecoderLayer", "Embeddings", "PromptScaledRotary", "create_head", "log_n"]
@@ -113,6 +114,8 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
 
+    narrows = True
+
     def __init__(self, model: ModelContext, layer_id: int) -> None:
         super().__init__()
         shape = QwenShape.from_config(model.config)
@@ -124,7 +127,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
         x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, residual))
+        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
         return Hidden(self.mlp(x), residual)
 
 

@@ -18,6 +18,7 @@ from light_sdk.layers import (
     RMSNorm,
     Rotary,
     RotaryEmbedding,
+    wanted_rows,
 )
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
@@ -76,6 +77,8 @@ def create_mlp(model: ModelContext, shape: QwenMoeShape, layer_id: int) -> Gated
 class DecoderLayer(nn.Module):
     """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
 
+    narrows = True
+
     def __init__(self, model: ModelContext, layer_id: int) -> None:
         super().__init__()
         shape = QwenMoeShape.from_config(model.config)
@@ -87,7 +90,7 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
         x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, residual))
+        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
         return Hidden(self.mlp(x), residual)
 
 

@@ -11,6 +11,7 @@ dtype, and every op is selected in the constructor (`ModelContext.ops`). The cal
     vision.py     patches and layers of vision transformers
     latent_attention.py  attention over latents (DeepSeek's multi-head latent attention)
     experts.py    router and experts of sparse models
+    wanted.py     what goes on behind the last layer's attention
     block_fp8.py  products and feed-forward blocks with float8 weights, where checkpoint and machine have them
 """
 
@@ -32,6 +33,7 @@ from light_sdk.layers.norm import LayerNorm, RMSNorm
 from light_sdk.layers.rope import ROPE_TYPES, RopeParameters
 from light_sdk.layers.rotary import Rotary, RotaryEmbedding, share_rotation
 from light_sdk.layers.vision import PatchEmbedding, VisionAttention, VisionLayer, attend_runs
+from light_sdk.layers.wanted import wanted_rows
 
 __all__ = [
     "MLP",
@@ -67,4 +69,5 @@ __all__ = [
     "create_linear",
     "latent_plane",
     "share_rotation",
+    "wanted_rows",
 ]

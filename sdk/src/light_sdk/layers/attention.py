@@ -8,6 +8,7 @@ from torch import nn
 
 from light_core.types import KVView, ModelContext, Step
 from light_sdk.layers.rotary import Rotary, shared_rotation
+from light_sdk.layers.wanted import wanted_rows
 
 __all__ = ["Attention", "alibi_slopes"]
 
@@ -66,15 +67,26 @@ class Attention(nn.Module):
         )
 
     def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
-        """A new `[T, H * D]`; `kv` takes the keys and values at `step.slots`. Rotation overwrites `q_THD` and `k_TKD`."""
+        """A new `[T, H * D]`, or `[R, H * D]` where `step.wanted` is not None; `kv` takes the keys and values at `step.slots`.
+        Rotation overwrites `q_THD` and `k_TKD`."""
+        if step.wanted is not None:
+            self._write(q_THD, k_TKD, v_TKD, step, kv)
+            q_RHD = wanted_rows(q_THD, step)
+            out_RHD = torch.empty_like(q_RHD)
+            self._attention(out_RHD, q_RHD, kv["k"], kv["v"], step.wanted, self.scale, self.window, self.slopes)
+            return out_RHD.flatten(1)
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if not self._is_done_at_once(out_THD, q_THD, k_TKD, v_TKD, step, kv):
-            if self.rotary is None:
-                self._write_kv(k_TKD, v_TKD, kv["k"], kv["v"], step.slots)
-            else:
-                self.rotary.write(q_THD, k_TKD, v_TKD, step, kv)
+            self._write(q_THD, k_TKD, v_TKD, step, kv)
             self._attention(out_THD, q_THD, kv["k"], kv["v"], step, self.scale, self.window, self.slopes, k_TKD, v_TKD)
         return out_THD.flatten(1)
+
+    def _write(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView) -> None:
+        """Rotates where asked for, and stores the keys and values of all tokens."""
+        if self.rotary is None:
+            self._write_kv(k_TKD, v_TKD, kv["k"], kv["v"], step.slots)
+        else:
+            self.rotary.write(q_THD, k_TKD, v_TKD, step, kv)
 
     def _is_done_at_once(
         self, out_THD: torch.Tensor, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step, kv: KVView

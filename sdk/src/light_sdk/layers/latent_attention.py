@@ -6,6 +6,7 @@ from torch import nn
 from light_core.types import KVPlane, KVView, ModelContext, Step
 from light_sdk.layers.norm import parameter
 from light_sdk.layers.rotary import shared_rotation
+from light_sdk.layers.wanted import wanted_rows
 
 __all__ = ["LatentAttention", "latent_plane"]
 
@@ -58,12 +59,13 @@ class LatentAttention(nn.Module):
         self.scale = (key_dim + rotary_dim) ** -0.5 if scale is None else scale
         self.norm_weight = parameter(rank)
         self.kv_b_weight = parameter(num_heads * (key_dim + value_dim), rank)
-        self._attention = model.ops.select(
-            "latent_attention", num_heads=num_heads, rank=rank, key_dim=key_dim, rotary_dim=rotary_dim, value_dim=value_dim
-        )
+        sizes = {"num_heads": num_heads, "rank": rank, "key_dim": key_dim, "rotary_dim": rotary_dim, "value_dim": value_dim}
+        self._attention = model.ops.select("latent_attention", **sizes)
+        self._write = model.ops.select("write_latent", rank=rank, rotary_dim=rotary_dim)
+        self._attend = model.ops.select("mla_attention", **sizes)
 
     def forward(self, q_THD: torch.Tensor, kv_TC: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
-        """A new `[T, H * value_dim]`.
+        """A new `[T, H * value_dim]`, or `[R, H * value_dim]` where `step.wanted` is not None.
 
         Args:
             q_THD: queries, the rotary part last; that part is overwritten.
@@ -71,8 +73,14 @@ class LatentAttention(nn.Module):
             step: the step.
             kv: takes the latents at `step.slots`.
         """
-        out_THO = q_THD.new_empty((q_THD.shape[0], self.num_heads, self.value_dim))
         kv_b_HXL = self.kv_b_weight.view(self.num_heads, self.key_dim + self.value_dim, -1)
         norm, rotation = (self.norm_weight, self.norm_eps), (shared_rotation(step), self.interleaved)
+        if step.wanted is not None:
+            self._write(q_THD[..., self.key_dim :], kv_TC, *norm, *rotation, kv[_PLANE], step.slots)
+            q_RHD = wanted_rows(q_THD, step)
+            out_RHO = q_RHD.new_empty((q_RHD.shape[0], self.num_heads, self.value_dim))
+            self._attend(out_RHO, q_RHD, kv[_PLANE], kv_b_HXL, step.wanted, self.scale)
+            return out_RHO.flatten(1)
+        out_THO = q_THD.new_empty((q_THD.shape[0], self.num_heads, self.value_dim))
         self._attention(out_THO, q_THD, kv_TC, *norm, *rotation, kv[_PLANE], kv_b_HXL, step, self.scale)
         return out_THO.flatten(1)

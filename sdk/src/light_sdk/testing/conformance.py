@@ -107,6 +107,15 @@ class Run:
             end = request.num_computed
             self._compare(logits, self._traces[request].logits[end - count : end], end - count)
 
+    def last(self, *work: tuple[DriverRequest, int]) -> None:
+        """As `step`, decodes in front, where only the logits after each request's last token are asked for."""
+        for request, _ in work:
+            if not request.num_pending:
+                request.tokens.append(self._traces[request].tokens[len(request.tokens)])
+        for (request, _), logits in zip(work, self.driver.last(work), strict=True):
+            end = request.num_computed
+            self._compare(logits[None], self._traces[request].logits[end - 1 : end], end - 1)
+
     def prefill(self, request: DriverRequest, chunk: int = MAX_MODEL_LEN) -> None:
         """Computes what is pending, `chunk` tokens a step."""
         while request.num_pending:
@@ -350,6 +359,18 @@ class FamilyConformance:
         run.step((short, 1), (long, 1), (middle, 1), (late, 1))
         run.driver.finish(middle)
         run.step((late, 1), (long, 1), (short, 1))
+
+    @allows(LOGITS)
+    def test_wanted_rows(self, case: Case) -> None:
+        """Where core asks for the last token of each request alone, which a last layer may make use of, the logits are the same,
+        and so are those of steps that read the KV afterwards."""
+        run = Run(case, Driver(case.runtime))
+        short, long, middle, late = (run.start(index) for index in (1, 0, 2, 3))
+        run.last((short, 5), (long, 11))
+        run.last((short, 1), (long, 13), (middle, 9))
+        run.last((short, 1), (long, 20), (late, 28), (middle, 18))
+        run.step((short, 1), (long, 1), (middle, 1), (late, 1))
+        run.last((middle, 1), (late, 1))
 
     @allows(LOGITS)
     def test_padding(self, case: Case) -> None:

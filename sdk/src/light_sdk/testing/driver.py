@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from light_core.engine.wanted import hidden_states, narrows, wanted_step
 from light_core.plugins import ModelRuntime
 from light_core.types import KVLayout, MediaSpan, MediaTokens, Step
 
@@ -191,13 +192,19 @@ class Driver:
             for name, found in parts.items()
         }
 
-    def run(self, step: Step) -> torch.Tensor:
+    def last(self, work: Sequence[tuple[DriverRequest, int]]) -> torch.Tensor:
+        """As `step` for work that has its decodes in front, but asks for the logits after the last token of each request alone,
+        as core does: a last layer that `narrows` gives nothing else. float32 `[len(work), V]` on the CPU."""
+        step = self.prepare(work)
+        step.logits_rows = step.cu_seqlens_q[1:].long() - 1
+        wanted = wanted_step(step, torch.arange(len(work), device=self.device)) if narrows(self.runtime) else None
+        return self.run(step, wanted).float().cpu()
+
+    def run(self, step: Step, wanted: Step | None = None) -> torch.Tensor:
         """The model's forward pass: `[R, V]`, on the device and in the dtype that the model gives."""
         with torch.inference_mode():
-            hidden = self.runtime.pre(step)
-            for layer, kv in zip(self.runtime.layers, self.kv, strict=True):
-                hidden = layer(hidden, step, kv)
-            logits: torch.Tensor = self.runtime.post(hidden, step)
+            hidden = hidden_states(self.runtime, self.kv, step, wanted)
+            logits: torch.Tensor = self.runtime.post(hidden, wanted or step)
         return logits
 
     def _is_decode(self, request: DriverRequest, count: int) -> bool:
