@@ -21,6 +21,7 @@ from light_core.engine.engine import Engine
 from light_core.engine.requests import EngineRequest
 from light_core.errors import ConfigError
 from light_core.sampling_params import SamplingParams
+from light_sdk.layers import MoE
 
 RATES = Ceilings(1e12, 1e15)
 
@@ -48,13 +49,54 @@ def test_counts_are_torchs_and_transformers(tiny: tuple[str, Any]) -> None:
         engine.step()
     seen = counter.get_flop_counts()["Global"]
     count = count_step(engine.runtime, [37], [37], 1)
-    assert count.layers.num_flops + count.head.num_flops == seen[torch.ops.aten.mm] + seen.get(torch.ops.aten.addmm, 0)
+    # The last layer goes on with one token, but makes queries, keys and values of all: these are not told from other products.
+    kinds = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "query_key_value.weight")
+    last = [(name, p.numel()) for name, p in model.named_parameters() if ".layers.1." in name or ".h.1." in name]
+    uncounted = 2 * 36 * sum(size for name, size in last if name.endswith(kinds))
+    assert uncounted > 0
+    found = seen[torch.ops.aten.mm] + seen.get(torch.ops.aten.addmm, 0)
+    assert count.layers.num_flops + count.head.num_flops + uncounted == found
     names = [(name, parameter.numel() * 4) for name, parameter in model.named_parameters(remove_duplicate=False)]
     in_layers = sum(size for name, size in names if ".layers." in name or ".h." in name)
     table = sum(size for name, size in names if "embed" in name and "norm" not in name)
     assert count.layers.num_bytes == in_layers and count.is_attention_counted
     assert count.embedding.num_bytes - 37 * 64 * 4 in (0, 2 * 64 * 4), "BLOOM's has a norm behind it"
     assert count.head.num_bytes - table in (64 * 4, 2 * 64 * 4), "as large as the embedding, and a norm"
+    engine.shutdown()
+
+
+EXPERTS = {"mixtral": (4, 2), "deepseek": (8, 3), "qwen_moe": (6, 2)}
+"""Of the tiny models: how many experts, and how many of them a token takes."""
+
+
+@pytest.mark.parametrize("tiny", sorted(EXPERTS), indirect=True)
+def test_experts_count_as_far_as_tokens_take_them(tiny: tuple[str, Any], request: pytest.FixtureRequest) -> None:
+    folder, model = tiny
+    num_experts, top_k = EXPERTS[request.node.callspec.params["tiny"]]
+    engine = create_engine(folder, kernels={"fused_experts": "reference", "route_tokens": "reference", "linear": "reference"})
+    runtime, num_tokens = engine.runtime, 11
+    in_layers = [(name, parameter.numel()) for name, parameter in model.named_parameters() if ".layers." in name]
+    of_experts = sum(size for name, size in in_layers if ".experts." in name)
+    others = sum(size for name, size in in_layers if ".experts." not in name)
+    unused = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    assert of_experts > others / 2, "what would be counted too often is seen"
+
+    one, few = (count_step(runtime, [1] * n, [9] * n, n) for n in (1, num_tokens))
+    assert one.experts.num_bytes == pytest.approx(4 * of_experts * top_k / num_experts)
+    assert 4 * of_experts * top_k / num_experts < few.experts.num_bytes < 4 * of_experts, "eleven tokens do not take all for sure"
+    assert few.experts.num_flops == pytest.approx(2 * num_tokens * of_experts * top_k / num_experts)
+    assert one.layers.num_bytes == few.layers.num_bytes == 4 * (others + unused) and one.are_experts_known
+    many = count_step(runtime, [4000], [4000], 4000)
+    assert many.experts.num_bytes == pytest.approx(4 * of_experts)
+    assert many.experts.num_flops == pytest.approx(2 * 4000 * of_experts * top_k / num_experts)
+
+    # Torch counts the products of the real blocks: their experts', and those with every token.
+    blocks = [block for layer in runtime.layers for block in layer.modules() if isinstance(block, MoE)]
+    with FlopCounterMode(display=False) as counter:
+        for block in blocks:
+            block(torch.randn(num_tokens, 64))
+    dense = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1) - of_experts
+    assert counter.get_total_flops() == pytest.approx(few.experts.num_flops + 2 * num_tokens * dense)
     engine.shutdown()
 
 

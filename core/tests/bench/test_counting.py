@@ -54,6 +54,22 @@ def test_prefill_by_hand() -> None:
     assert many.embedding.num_bytes == 4 * (100 * 16 + 16), "a table is read once at most"
 
 
+def test_a_last_layer_that_narrows() -> None:
+    """It goes on with the wanted tokens: two of 27 here, where the last request's chunk does not end its prompt."""
+    made = runtime((KVGroup((0, 2), PLANES), KVGroup((1,), PLANES, window=4)))
+    made.layers[2].narrows = True
+    of_each, token = 2 * 48 * 16, 2 * 2 * 8 * 4
+    count = count_step(made, query_lens=[1, 10, 16], seq_lens=[30, 10, 20], num_rows=2)
+    assert count.layers.num_flops == 2 * (27 + 27 + 2) * of_each and count.layers.num_bytes == 3 * 4 * (16 + of_each)
+    pairs = (30 + sum(range(1, 11)) + sum(range(5, 21))) + (4 + (1 + 2 + 3 + 4 * 7) + 4 * 16) + (30 + 10)
+    assert count.attention.num_flops == 4 * 4 * 8 * pairs
+    assert count.attention.num_bytes == token * (30 + 10 + 20 + 4 + 10 + 19 + 30 + 10) + 3 * token * 27
+    none = count_step(made, [16], [16], 0)
+    assert none.layers.num_flops == 2 * (16 + 16 + 1) * of_each and none.attention.num_bytes == token * 3 * 16 + 3 * token * 16
+    decodes = count_step(made, [1, 1], [30, 50], 2)
+    assert decodes.layers.num_flops == 3 * 2 * 2 * of_each, "decodes are all wanted"
+
+
 @pytest.mark.parametrize("query_len, seq_len", [(1, 1), (1, 9), (4, 4), (3, 11), (11, 11), (7, 20), (20, 20)])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 8, 19, 20, 40])
 def test_windows(query_len: int, seq_len: int, window: int | None) -> None:
@@ -83,19 +99,50 @@ def test_latents() -> None:
     assert unknown.attention.num_flops == 0 and not unknown.is_attention_counted
 
 
-def test_experts() -> None:
-    layers = [module(router=(8, 16), up=(8, 40, 16), other=(3, 2, 2))]
-    facts = Choice("any", "any", {"num_experts": 8, "top_k": 2}, "")
-    count = count_step(runtime((KVGroup((0,), PLANES),), layers, (ATTENTION, facts)), [1], [3], 1)
+def sparse(**experts: tuple[int, ...]) -> nn.Module:
+    """A layer whose block sends each token through two of eight experts, beside a router, and a dense block."""
+    layer, layer.block = module(other=(3, 2, 2)), module(router=(8, 16))
+    layer.block.experts = module(**experts)
+    layer.block.num_experts, layer.block.top_k = 8, 2
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(8, 40, 16), (8 * 40, 16)], ids=["by expert", "below each other"])
+def test_experts(shape: tuple[int, ...]) -> None:
+    made = runtime((KVGroup((0,), PLANES),), [sparse(up=shape, scale=(8,))])
+    count = count_step(made, [1], [3], 1)
     one_expert = 40 * 16
-    assert count.experts.num_bytes == pytest.approx(4 * 2 * one_expert), "one token reads its two experts"
+    assert count.experts.num_bytes == pytest.approx(4 * 2 * (one_expert + 1)), "one token reads its two experts"
     assert count.experts.num_flops == pytest.approx(2 * 2 * one_expert)
-    assert count.layers.num_bytes == 4 * (8 * 16 + 3 * 2 * 2)
-    many = count_step(runtime((KVGroup((0,), PLANES),), layers, (ATTENTION, facts)), [400], [400], 1)
-    assert many.experts.num_bytes == pytest.approx(4 * 8 * one_expert) and many.experts.num_flops == pytest.approx(400 * 2 * 2 * one_expert)
+    assert count.layers.num_bytes == 4 * (8 * 16 + 3 * 2 * 2) and count.layers.num_flops == 2 * (8 * 16 + 3 * 2 * 2)
+    many = count_step(made, [400], [400], 1)
+    assert many.experts.num_bytes == pytest.approx(4 * 8 * (one_expert + 1))
+    assert many.experts.num_flops == pytest.approx(400 * 2 * 2 * one_expert)
     # 16 tokens draw two of eight each: an expert is chosen by none with probability (3/4)^16.
-    some = count_step(runtime((KVGroup((0,), PLANES),), layers, (ATTENTION, facts)), [1] * 16, [3] * 16, 16)
-    assert some.experts.num_bytes == pytest.approx(4 * 8 * one_expert * (1 - 0.75**16))
+    some = count_step(made, [1] * 16, [3] * 16, 16)
+    assert some.experts.num_bytes == pytest.approx(4 * 8 * (one_expert + 1) * (1 - 0.75**16))
+
+
+def test_layers_with_experts_differ() -> None:
+    """Each module tells of its own: one whose tokens take four of sixteen, one without, one that is dense."""
+    layers = [sparse(up=(8 * 40, 16)), sparse(up=(16 * 40, 16)), module(up=(48, 16))]
+    layers[1].block.num_experts, layers[1].block.top_k = 16, 4
+    count = count_step(runtime((KVGroup((0, 1, 2), PLANES),), layers), [1], [3], 1)
+    assert count.experts.num_bytes == pytest.approx(4 * (2 + 4) * 40 * 16) and count.are_experts_known
+    assert count.layers.num_bytes == 4 * (2 * (8 * 16 + 3 * 2 * 2) + 48 * 16)
+
+
+@pytest.mark.parametrize("missing", ["experts", "num_experts", "top_k"])
+def test_experts_that_no_module_tells_of(missing: str) -> None:
+    layer = sparse(up=(8 * 40, 16))
+    if missing == "experts":
+        layer.block.renamed = layer.block.experts
+    delattr(layer.block, missing)
+    chooses = Choice("any", "any", {"num_experts": 8, "top_k": 2}, "")
+    count = count_step(runtime((KVGroup((0,), PLANES),), [layer], (ATTENTION, chooses)), [1], [3], 1)
+    assert count.experts.num_bytes == 0 and count.layers.num_bytes == 4 * (8 * 40 * 16 + 8 * 16 + 3 * 2 * 2)
+    assert not count.are_experts_known, "an op chooses among them"
+    assert count_step(runtime((KVGroup((0,), PLANES),), [layer]), [1], [3], 1).are_experts_known, "no op does"
 
 
 def test_floor() -> None:

@@ -335,12 +335,12 @@ class Driver:
 
 
 CASES = {
-    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, pace=2, steps=80_000),
+    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, pace=16, steps=80_000),
     "tight": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1),
     "tight-sync": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=0),
     "tiny": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=1),
     "tiny-sync": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=0),
-    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3, pace=2),
+    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3, pace=8),
     "no-cache": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1, caching=False),
     "length-bound-kv": Case(num_slots=120, max_num_seqs=12, budget=24, max_len=60, depth=1, max_shared_len=18),
     "one-row": Case(num_slots=70, max_num_seqs=1, budget=5, max_len=50, depth=1),

@@ -69,7 +69,7 @@ def light_register_kernels(registry: KernelRegistry) -> None:
     # cuDNN's attention of keys of 192 and values of 128 has yet to show that it is faster: by name alone until then.
     for op, target in (("mla_attention", "hopper:mla_attention"), ("latent_attention", "kernel:with_cudnn")):
         target = f"light_sdk.ops.{op}.{target}"
-        registry.kernel(Kernel(op, "triton+cudnn", target, ("cuda",), (9, 0), HALVES, -10, _accepts_latents))
+        registry.kernel(Kernel(op, "triton+cudnn", target, ("cuda",), (9, 0), HALVES, -10, _accepts_dense_latents))
     for op in FLOAT8_OPS:
         registry.op(op, reference=f"light_sdk.ops.{op}.reference:{op}")
         registry.kernel(Kernel(op, "triton", f"light_sdk.ops.{op}.kernel:{op}", ("cuda",), (8, 9), FLOATS))
@@ -118,6 +118,14 @@ def _accepts_attention(facts: Mapping[str, Any]) -> str | None:
     if num_heads % num_kv_heads:
         return f"takes query heads in equal groups, not {num_heads} over {num_kv_heads}"
     return None
+
+
+def _accepts_dense_latents(facts: Mapping[str, Any]) -> str | None:
+    """None if cuDNN serves keys and values made of these latents, else why not."""
+    whole_key, value = facts.get("key_dim", 0) + facts.get("rotary_dim", 0), facts.get("value_dim", 0)
+    if whole_key % 8 or value % 8:
+        return f"takes keys and values in eights, not {whole_key} and {value}"
+    return _accepts_latents(facts)
 
 
 def _accepts_latents(facts: Mapping[str, Any]) -> str | None:

@@ -210,6 +210,20 @@ def test_decode_splits(waves, min_blocks, window, device, make_batch, tolerances
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (12, 4), (8, 8), (6, 1)], ids=str)
+@pytest.mark.parametrize("window", [None, 19])
+def test_parts_are_joined_head_by_head_or_several_at_once(heads, window, device, make_batch, tolerances, monkeypatch) -> None:
+    """As in a step of many decodes: more parts than are joined at a time, heads that are no multiple, and requests of one part."""
+    from light_sdk.ops.attention import decode
+
+    monkeypatch.setattr(decode, "MAX_COMBINING", 0)
+    batch = make_batch([301, 7, 160, 33, 1, 65], [], (*heads, 20), device=device)
+    expected = torch.full_like(batch.out, float("nan"))
+    reference.attention(expected, *batch.arguments[1:], 0.3, window)
+    decode.decode_attention(*batch.arguments, 0.3, window, None, DecodeConfig(16, 4, 2, 60, 1))
+    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+
+
 @pytest.mark.parametrize("num_decodes", [1, 3, 100])
 @pytest.mark.parametrize("window", [None, 70])
 def test_plan_covers_every_key_once(num_decodes, window, device, make_batch) -> None:

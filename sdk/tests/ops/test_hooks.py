@@ -101,6 +101,14 @@ def test_attention_refuses_what_its_kernel_cannot_do(facts, reason, registry) ->
     assert choice.kernel == "reference" and reason in choice.reason
 
 
+@pytest.mark.parametrize("op", ["mla_attention", "latent_attention"])
+def test_latents_whose_keys_cudnn_cannot_take(op, registry) -> None:
+    (dense,) = (kernel for kernel in registry.kernels(op) if kernel.name == "triton+cudnn")
+    facts = {"rank": 40, "key_dim": 24, "rotary_dim": 8}
+    assert dense.accepts({**facts, "value_dim": 16}) is None
+    assert "in eights, not 32 and 12" in dense.accepts({**facts, "value_dim": 12})
+
+
 def test_hooks_import_nothing_heavy() -> None:
     program = "import sys, light_sdk.hooks; sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -10,7 +10,7 @@ import torch
 
 from light_core.types import Step
 from light_sdk.ops.mla_attention import cpu, reference
-from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefillConfig, PrefixConfig, decode_config, stages_of
+from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefillConfig, PrefixConfig, decode_config
 
 TINY, ODD = (4, 16, 16, 8, 16), (5, 24, 12, 6, 20)
 """Heads, rank of the latents, key width without positions, rotary width, value width."""
@@ -192,40 +192,6 @@ def test_lengths_may_come_from_the_host(make_latents, device, tolerances) -> Non
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
 
 
-def plain_attention(q, k, v, scale, causal):
-    """What cuDNN computes, in float32 on any device: the output and the log-sum-exp of the scores."""
-    scores = torch.einsum("thd,khd->thk", q.float(), k.float()) * scale
-    if causal:
-        scores = scores.masked_fill(torch.arange(len(k))[None, None, :] > torch.arange(len(q))[:, None, None], float("-inf"))
-    return torch.einsum("thk,kho->tho", scores.softmax(-1), v.float()).to(q.dtype), scores.logsumexp(-1, keepdim=True)
-
-
-@pytest.mark.parametrize(("seq_len", "query_len"), [(5, 5), (1030, 10), (1400, 600), (512, 512), (1536, 512)])
-def test_dense_chunk(seq_len, query_len, make_latents, tolerances) -> None:
-    """The cutting, padding and merging around cuDNN, with plain torch in its place."""
-    from light_sdk.ops.mla_attention.dense import dense_attention
-
-    batch = make_latents([], [(seq_len, query_len)], (2, 8, 4, 2, 4))
-    expected = torch.full_like(batch.out, float("nan"))
-    reference.mla_attention(expected, *batch.arguments[1:], 0.3)
-    slots = batch.step.slot_table[int(batch.step.rows[0]), :seq_len].long()
-    dense_attention(batch.out, batch.q, batch.cache, batch.kv_b, slots, 0.3, piece_len=512, attend=plain_attention)
-    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("prefills", [[(2048, 2048)], [(2500, 2500), (9000, 700)], [(4096, 1024), (300, 40)]], ids=str)
-def test_hopper(prefills, make_latents, tolerances) -> None:
-    from light_sdk.ops.mla_attention.hopper import mla_attention
-
-    batch = make_latents([70, 3], prefills, REAL, dtype=torch.bfloat16, device="cuda")
-    batch.step = replace(batch.step, prefill_lens=tuple((query_len, seq_len) for seq_len, query_len in prefills))
-    expected = torch.full_like(batch.out, float("nan"))
-    reference.mla_attention(expected, *batch.arguments[1:], 192**-0.5)
-    mla_attention(*batch.arguments, 192**-0.5)
-    torch.testing.assert_close(batch.out, expected, **{key: 2 * value for key, value in tolerances(torch.bfloat16).items()})
-
-
 def test_prefixes_are_cut_evenly() -> None:
     from light_sdk.ops.mla_attention.prefill import cut_prefixes
 
@@ -287,9 +253,3 @@ def test_tuned_parameters_are_complete() -> None:
             blocks = [getattr(config, name) for name in ("block_h", "block_m", "block_n", "num_warps") if hasattr(config, name)]
             assert all(value & (value - 1) == 0 for value in blocks)
     assert decode_config(torch.empty(1, 20, 192, dtype=torch.bfloat16)) == DecodeConfig(**files["default.json"]["decode"]["32x2"])
-
-
-def test_rows_that_cannot_be_copied_ahead() -> None:
-    """All operands of a kernel are copied ahead, or none is."""
-    assert stages_of(3, 128, 32, 48) == 3
-    assert stages_of(3, 72, 36, 48) == stages_of(3, 128, 32, 40) == 1

@@ -81,16 +81,37 @@ def test_kernel(num_tokens, size_e, name, dtypes, device, monkeypatch) -> None:
         assert all(torch.equal(*pair) for pair in zip(found, run(kernel.route_tokens, arguments), strict=True)), "the same every time"
 
 
-def test_many_tokens_go_to_the_library(device, monkeypatch) -> None:
+@pytest.mark.parametrize("name", sorted(ROUTINGS))
+def test_many_tokens(name, device, monkeypatch) -> None:
+    """A product, then the choice: the library's product where the router has the tokens' dtype, else one of our own."""
     from light_sdk.ops.route_tokens import kernel
 
     monkeypatch.setattr(kernel, "MAX_TOKENS", 4)
-    library = []
-    monkeypatch.setattr(kernel, "route_experts", lambda *given, found=kernel.route_experts: library.append(len(given[0])) or found(*given))
-    for num_tokens, router_dtype in ((4, torch.float16), (5, torch.float16), (6, torch.float32)):
-        arguments = inputs(ROUTINGS["mixtral"], num_tokens, 64, torch.float16, router_dtype, device)
+    monkeypatch.setattr(kernel, "MAX_BLOCK_E", 32)
+    called = []
+    for name_of in ("router_logits", "route_experts"):
+        found = getattr(kernel, name_of)
+
+        def spy(*given, name_of=name_of, found=found):
+            called.append(name_of)
+            return found(*given)
+
+        monkeypatch.setattr(kernel, name_of, spy)
+    for num_tokens, router_dtype in ((4, torch.float16), (5, torch.float16), (6, torch.float32), (67, torch.float32)):
+        arguments = inputs(ROUTINGS[name], num_tokens, 100, torch.float16, router_dtype, device)
         check(run(kernel.route_tokens, arguments), run(reference.route_tokens, arguments))
-    assert library == [5]
+    assert called == ["route_experts"] + 2 * ["router_logits", "route_experts"]
+
+
+@pytest.mark.parametrize(("num_tokens", "size_e", "num_experts"), [(1, 16, 5), (67, 100, 20)])
+def test_routers_in_three_pieces(num_tokens, size_e, num_experts, device, monkeypatch) -> None:
+    """Tokens and router in float32 show how much of the router the pieces have: all of it, where two would have 2^-17."""
+    from light_sdk.ops.route_tokens import kernel
+
+    monkeypatch.setattr(kernel, "MAX_BLOCK_E", 32)
+    x, router, *_ = inputs(Routing(num_experts, 1), num_tokens, size_e, torch.float32, torch.float32, device)
+    found = kernel.router_logits(x, router, True)
+    torch.testing.assert_close(found.double(), x.double() @ router.double().T, rtol=1e-6, atol=1e-6)
 
 
 def test_strided_tokens_and_no_tokens(device) -> None:

@@ -65,6 +65,39 @@ def test_kernel(shape, dtype, interleaved, device, tolerances) -> None:
     torch.testing.assert_close(cache, expected, equal_nan=True, **tolerances(dtype))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("num_tokens", "processors", "max_elements"), [(16, 1, 8192), (18, 1, 8192), (9, 1, 200), (18, 2, 8192)])
+def test_several_tokens_a_program(num_tokens, processors, max_elements, interleaved, device, tolerances, monkeypatch) -> None:
+    """Four tokens, the last block full or not, two, where three would fit, and one; what lies before the queries stays as it
+    is."""
+    from light_sdk.ops.write_latent import kernel
+
+    monkeypatch.setattr(kernel, "num_processors", lambda device: processors)
+    monkeypatch.setattr(kernel, "MAX_ELEMENTS", max_elements)
+    q, kv, weight, cos_sin, cache, slots = inputs((num_tokens, 3, 24, 6), torch.float32, device)
+    expected_q, expected = q.clone(), cache.clone()
+    reference.write_latent(expected_q, kv, weight, 1e-5, cos_sin, interleaved, expected, slots)
+    before = q._base.clone()
+    kernel.write_latent(q, kv, weight, 1e-5, cos_sin, interleaved, cache, slots)
+    torch.testing.assert_close(q, expected_q, **tolerances(torch.float32))
+    torch.testing.assert_close(cache, expected, equal_nan=True, **tolerances(torch.float32))
+    assert torch.equal(q._base[..., :8], before[..., :8])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("num_tokens", [1, 7, 600, 1100, 5000])
+def test_published_widths(num_tokens, num_heads, tolerances) -> None:
+    from light_sdk.ops.write_latent.kernel import write_latent
+
+    q, kv, weight, cos_sin, cache, slots = inputs((num_tokens, num_heads, 512, 64), torch.bfloat16, "cuda")
+    expected_q, expected = q.clone(), cache.clone()
+    reference.write_latent(expected_q, kv, weight, 1e-6, cos_sin, True, expected, slots)
+    write_latent(q, kv, weight, 1e-6, cos_sin, True, cache, slots)
+    torch.testing.assert_close(q, expected_q, **tolerances(torch.bfloat16))
+    torch.testing.assert_close(cache, expected, equal_nan=True, **tolerances(torch.bfloat16))
+
+
 def test_kernel_of_no_tokens(device) -> None:
     from light_sdk.ops.write_latent.kernel import write_latent
 

@@ -145,10 +145,13 @@ def test_a_model_that_reads_tensors_on_the_host_is_refused_with_the_reason(famil
 def test_checks_name_the_kernel_and_the_bound() -> None:
     spilling = KernelReport("spills", "512 decodes", stack_bytes=32)
     large = KernelReport("large", "512 decodes", shared_bytes=SHARED_BYTES + 1)
+    lost = KernelReport("lost", "512 decodes", lost_descriptors=["1ec0: HGMMA reads shared memory at UR18"])
     assert check_kernels([GOOD], shared_bytes=SHARED_BYTES) == []
     first, second = check_kernels([GOOD, spilling, large], shared_bytes=SHARED_BYTES)
     assert "spills" in first and "0 bytes of stack are allowed" in first
     assert "large" in second and str(SHARED_BYTES) in second
+    (told,) = check_kernels([GOOD, lost], shared_bytes=SHARED_BYTES)
+    assert "lost" in told and "1ec0" in told
     assert check_kernels([spilling], shared_bytes=SHARED_BYTES, stack_bytes={"spills": 32}) == []
     assert check_kernels([spilling], shared_bytes=SHARED_BYTES, stack_bytes={"other": 32})
 

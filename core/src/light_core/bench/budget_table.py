@@ -40,6 +40,8 @@ def print_budget(budget: "StepBudget", top: int) -> None:
             note = _quantity(need.num_bytes, "B") + (f", {_quantity(need.num_flops, 'FLOP')}" if need.num_flops else "")
             if part == "attention" and not budget.count.is_attention_counted:
                 note += " without products of queries and keys, whose heads no op tells"
+            if part == "layers" and not budget.count.are_experts_known:
+                note += " with every expert for every token, as no module tells which parameters are theirs"
             _line("  " + part, budget.floor_ms[part], budget.wall_ms, note)
     _line("above the floor", kernels - floor, budget.wall_ms)
     _line("= kernels", kernels, budget.wall_ms)

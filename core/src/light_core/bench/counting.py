@@ -4,9 +4,10 @@ parameters stand, its KV layout, and the facts that its ops were selected with. 
 What is counted:
 
     pre layer     tables of two dimensions or more give one row a token; other parameters are read whole
-    layers        every parameter is read once a step; each matrix multiplies every token
-    experts       parameters stacked by expert, where an op's facts say `num_experts` and `top_k`: of each layer only
-                  the experts that some token is expected to choose, choices taken as uniform and independent
+    layers        every parameter is read once a step; each matrix multiplies every token, but in a last layer that
+                  narrows (`Layer`) the wanted ones alone: nothing tells which matrices make the others' keys and values
+    experts       parameters of a module's `experts`, where it says `num_experts` and `top_k` (see `Layer`): of each layer
+                  only the experts that some token is expected to choose, choices taken as uniform and independent
     post layer    read once; its matrices multiply the wanted rows alone
     KV            each request's keys and values read once a layer, as far back as the layer's window; each token's written
     attention     products of a query with its keys and values, where an op's facts say `num_heads` and `head_dim`, or
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from light_core.engine.wanted import narrows
 from light_core.kv.layout import DTYPE_BYTES, bytes_per_token
 from light_core.ops import Choice
 from light_core.plugins import ModelRuntime
@@ -55,6 +57,8 @@ class StepCount:
         head: the post layer.
         attention: KV read, KV written, and products with keys and values.
         is_attention_counted: whether `attention` has its products; no op said how many heads there are, else.
+        are_experts_known: False where an op chooses experts and no module said which parameters are theirs; `layers` has
+            all of them then, as if every token met every expert.
     """
 
     embedding: Needs
@@ -63,6 +67,7 @@ class StepCount:
     head: Needs
     attention: Needs
     is_attention_counted: bool
+    are_experts_known: bool
 
     @property
     def parts(self) -> dict[str, Needs]:
@@ -80,14 +85,18 @@ def count_step(runtime: ModelRuntime, query_lens: Sequence[int], seq_lens: Seque
         num_rows: rows whose logits are wanted.
     """
     num_tokens, choices = sum(query_lens), runtime.choices
-    stacked = next((c.facts for c in choices if {"num_experts", "top_k"} <= c.facts.keys()), None)
+    last = len(runtime.layers) - 1
+    # One at least: where no token is wanted, one stands in. A chunk that ends no prompt comes behind the other requests.
+    num_wanted = min(num_tokens, max(num_rows, 1)) if narrows(runtime) else num_tokens
+    wanted = (last, num_wanted) if num_wanted < num_tokens else None
     layers, experts = Needs(), Needs()
-    for layer in runtime.layers:
-        own, chosen = _layer(_parameters(layer), num_tokens, stacked)
+    for layer_id, layer in enumerate(runtime.layers):
+        own, chosen = _layer(layer, num_wanted if layer_id == last else num_tokens)
         layers, experts = _add(layers, own), _add(experts, chosen)
-    head, _ = _layer(_parameters(runtime.post), num_rows, None)
-    attention, is_counted = _attention(runtime.kv_layout, choices, query_lens, seq_lens)
-    return StepCount(_embedding(_parameters(runtime.pre), num_tokens), layers, experts, head, attention, is_counted)
+    head, _ = _layer(runtime.post, num_rows)
+    attention, is_counted = _attention(runtime.kv_layout, choices, query_lens, seq_lens, wanted)
+    are_known = experts.num_bytes > 0 or not any({"num_experts", "top_k"} <= choice.facts.keys() for choice in choices)
+    return StepCount(_embedding(_parameters(runtime.pre), num_tokens), layers, experts, head, attention, is_counted, are_known)
 
 
 def floor_ms(count: StepCount, bytes_per_s: float, flops_per_s: float) -> dict[str, float]:
@@ -116,36 +125,55 @@ def _num_bytes(parameter: "torch.Tensor") -> int:
     return parameter.numel() * parameter.element_size()  # `nbytes` is not for opaque layouts
 
 
-def _layer(parameters: "Iterable[torch.Tensor]", num_rows: int, stacked: Mapping[str, Any] | None) -> tuple[Needs, Needs]:
-    """Needs of parameters that meet `num_rows` tokens: those of every token, and those of experts."""
-    own, experts = Needs(), Needs()
-    for parameter in parameters:
-        if stacked is not None and parameter.dim() > 2 and parameter.shape[0] == stacked["num_experts"]:
-            share = stacked["top_k"] / stacked["num_experts"]
-            touched = 1.0 - (1.0 - share) ** num_rows
-            experts = _add(experts, Needs(touched * _num_bytes(parameter), 2.0 * num_rows * share * parameter.numel()))
-        else:
-            num_flops = 2.0 * num_rows * parameter.numel() if parameter.dim() > 1 else 0.0
+def _layer(module: Any, num_rows: int) -> tuple[Needs, Needs]:
+    """Needs of a module that meets `num_rows` tokens: of parameters that every token meets, and of those of experts."""
+    own, experts, shares = Needs(), Needs(), _shares(module)
+    for parameter in _parameters(module):
+        share = shares.get(id(parameter))
+        num_flops = 2.0 * num_rows * parameter.numel() if parameter.dim() > 1 else 0.0
+        if share is None:
             own = _add(own, Needs(_num_bytes(parameter), num_flops))
+        else:
+            touched = 1.0 - (1.0 - share) ** num_rows
+            experts = _add(experts, Needs(touched * _num_bytes(parameter), share * num_flops))
     return own, experts
 
 
-def _attention(layout: KVLayout, choices: Iterable[Choice], query_lens: Sequence[int], seq_lens: Sequence[int]) -> tuple[Needs, bool]:
+def _shares(module: Any) -> dict[int, float]:
+    """By the identity of each parameter of experts in `module`, the share of it that one token meets."""
+    shares: dict[int, float] = {}
+    for block in module.modules():
+        experts, num_experts, top_k = (getattr(block, name, None) for name in ("experts", "num_experts", "top_k"))
+        if hasattr(experts, "parameters") and isinstance(num_experts, int) and isinstance(top_k, int):
+            shares |= {id(parameter): top_k / num_experts for parameter in _parameters(experts)}
+    return shares
+
+
+def _attention(
+    layout: KVLayout, choices: Iterable[Choice], query_lens: Sequence[int], seq_lens: Sequence[int], wanted: tuple[int, int] | None
+) -> tuple[Needs, bool]:
+    """`wanted` is a layer, and of how many requests the last token alone attends there; None where all tokens do in all."""
     facts = [choice.facts for choice in choices if _head_width(choice.facts) is not None]
     num_bytes, num_flops, is_counted = float(sum(query_lens) * bytes_per_token(layout)), 0.0, True
     for group in layout.groups:
         width = sum(math.prod(plane.shape) * DTYPE_BYTES[plane.dtype] for plane in group.planes)
         if width == 0:
             continue
-        tokens = sum(_tokens_read(query, length, group.window) for query, length in zip(query_lens, seq_lens))
-        num_bytes += float(len(group.layers) * width * tokens)
+        narrowed = 1 if wanted is not None and wanted[0] in group.layers else 0
+        whole = list(zip(query_lens, seq_lens))
+        # Number of layers, and of their requests how many queries and how many keys each has.
+        parts = [(len(group.layers) - narrowed, whole)]
+        if wanted is not None and narrowed:
+            parts.append((1, [(1, length) for length in seq_lens[: wanted[1]]]))
+        for num_layers, requests in parts:
+            num_bytes += float(num_layers * width * sum(_tokens_read(query, length, group.window) for query, length in requests))
         # Where layers with and without a window have ops of their own, the one of this group's.
         uses = next((one for one in facts if one.get("window") == group.window), facts[0] if facts else None)
         if uses is None:
             is_counted = False
             continue
-        pairs = sum(_pairs(query, length, group.window) for query, length in zip(query_lens, seq_lens))
-        num_flops += 2.0 * uses["num_heads"] * (_head_width(uses) or 0) * pairs * len(group.layers)
+        pairs = sum(num_layers * _pairs(query, length, group.window) for num_layers, requests in parts for query, length in requests)
+        num_flops += 2.0 * uses["num_heads"] * (_head_width(uses) or 0) * pairs
     return Needs(num_bytes, num_flops), is_counted
 
 

@@ -159,6 +159,7 @@ class StepBudget:
             "tokens_per_second": self.num_tokens / self.wall_ms * 1e3,
             "counted": parts,
             "is_attention_counted": self.count.is_attention_counted,
+            "are_experts_known": self.count.are_experts_known,
             "floor_ms": {"total": floor, **self.floor_ms},
             "kernel_ms": {"total": kernels, **self.kernel_ms},
             "gaps_ms": self.gaps_ms,
@@ -399,7 +400,7 @@ class StepMeter:
 def fit_config(config: EngineConfig, batches: Sequence[int], prefills: Sequence[int]) -> EngineConfig:
     """`config` with limits large enough for steps of these sizes, where it leaves them to the device."""
     seqs, tokens = GPU_DEFAULTS if resolve_device(config.device).startswith("cuda") else CPU_DEFAULTS
-    num_seqs = config.max_num_seqs or max(seqs, *batches)
+    num_seqs = config.max_num_seqs or max([seqs, *batches])
     num_tokens = max(tokens, 2 * max(batches, default=0), *prefills)
     return config.replace(max_num_seqs=num_seqs, max_num_batched_tokens=config.max_num_batched_tokens or num_tokens)
 

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 NO_TOKENS = np.zeros(0, np.int32)
-PACE = 128  # tokens: rows of a tile of matrix products on a GPU; on CPUs no pace was faster than none
+PACE = 1024  # tokens: eight tiles of a GPU's matrix products (docs/decisions/0011); on CPUs no pace was faster than none
 PROFILE_SLOTS = 2  # slots of the KV pool while memory is measured
 
 

@@ -81,6 +81,9 @@ class Rehearsal:
             *others, largest = runner.graph_sizes
             for size in (largest, *others):
                 yield f"{size} decodes", partial(runner.decode_padding, size)
+        # The last layer goes on with less than the others in the steps to come (`wanted.py`).
+        runner.runtime = replace(runner.runtime, layers=(*runner.runtime.layers, runner.runtime.layers[-1]))
+        runner.kv = (*runner.kv, runner.kv[-1])
         limits = self._limits
         max_len = min(limits.max_model_len, max(FIRST_PROMPTS) + MAX_OUTPUT)
         scheduler = Scheduler(

@@ -23,7 +23,7 @@ from light_core.kv.pool import SlotPool
 from light_core.kv.radix import RadixCache
 from light_core.scheduler.admission import Admission
 from light_core.scheduler.lengths import LengthEstimator
-from light_core.scheduler.pacing import paced_budget
+from light_core.scheduler.pacing import Pacer
 from light_core.scheduler.plan import Admitted, Chunk, StepPlan, create_plan
 from light_core.scheduler.request import ScheduledRequest, max_output_len
 from light_core.scheduler.rows import Rows
@@ -43,8 +43,8 @@ class Scheduler:
         max_model_len: prompt and output of a request.
         enable_prefix_caching: keep KV in a radix tree and share it.
         max_shared_len: `KVLayout.max_shared_len`.
-        pace: only the end of the last request counts (`pacing.py`), they are added longest outputs first, and budgets are
-            multiples of so many tokens; None where each request counts.
+        pace: only the end of the last request counts (`pacing.py`), they are added longest outputs first, and steps with
+            prompts have multiples of so many tokens; None where each request counts.
         clock: monotonic, in seconds.
     """
 
@@ -64,7 +64,7 @@ class Scheduler:
         num_rows = min(max_num_seqs, max_num_batched_tokens)
         self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
         self.max_shared_len = max_model_len if max_shared_len is None else max_shared_len
-        self._pace, self._clock = pace, clock
+        self._clock = clock
         self.pool = SlotPool(num_slots)
         self.tree = RadixCache(num_rows) if enable_prefix_caching else None
         self.rows = Rows(num_rows, max_model_len)
@@ -76,6 +76,7 @@ class Scheduler:
         self._live: dict[int, ScheduledRequest] = {}
         # Every waiting request came later than every running one.
         self._waiting = WaitingQueue()
+        self._pacer = None if pace is None else Pacer(self.rows, self._waiting, self.lengths, pace, max_num_batched_tokens)
         # Nobody is admitted behind an unfinished prefill: it is one at most, and the newest of the running requests. So
         # memory that it lacks is held by older ones, which end, and it is the first to give way to them.
         self._prefilling: ScheduledRequest | None = None
@@ -185,9 +186,7 @@ class Scheduler:
         Every plan must be run, and committed in the same order. Does not block; about 0.1 ms for 256 decodes.
         """
         decodes = self._plan_decodes()
-        budget = self.max_num_batched_tokens
-        if self._pace is not None:
-            budget = paced_budget(self.rows, self._waiting, self.lengths, self._pace, budget)
+        budget = self.max_num_batched_tokens if self._pacer is None else self._pacer.budget(len(decodes))
         chunks = self._plan_prefills(budget - len(decodes))
         if len(decodes) == 0 and not chunks:
             return None

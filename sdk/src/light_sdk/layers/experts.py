@@ -127,6 +127,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.router = Router(model, hidden_size, routing, exact_router)
+        # What `light bench step` counts by, with `experts` (`light_core.types.Layer`).
+        self.num_experts, self.top_k = routing.num_experts, routing.top_k
         self.experts = experts
         self.shared = shared
         self.shared_gate = Linear(model, hidden_size, 1) if shared_gate else None

@@ -9,6 +9,8 @@
     loading.py      load_model: a folder through the real plugin loader
     compiling.py    do a model's kernels compile for a GPU that is not there, and what do they take of it
     absent_gpu.py   that GPU
+    descriptors.py  do products by `wgmma` read the shared memory that they were given
+    guarded.py      interpreted kernels with nothing behind their tensors
     opening.py      finds plugin code that would open paths or addresses of media by itself
     echo.py         a family without weights whose output a test can predict: `--model-plugin light_sdk.testing.echo`
 

@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 from light_core.errors import LightError
+from light_sdk.testing.descriptors import lost_descriptors
 
 __all__ = ["KernelReport", "check_kernels", "compiled_kernels"]
 
@@ -43,6 +44,8 @@ class KernelReport:
         registers: of a thread.
         stack_bytes: of a thread: registers that were spilled to memory, and arrays.
         shared_bytes: of a program.
+        lost_descriptors: products that do not read the shared memory that they were given (`descriptors.py`); [] where ptxas is
+            right.
         error: what is wrong with it, and nothing else is known then.
         seconds: that it took; next to nothing where Triton's cache had it.
     """
@@ -54,6 +57,7 @@ class KernelReport:
     registers: int = 0
     stack_bytes: int = 0
     shared_bytes: int = 0
+    lost_descriptors: Sequence[str] = ()
     error: str | None = None
     seconds: float = 0.0
 
@@ -119,6 +123,8 @@ def check_kernels(
     for report in reports:
         if report.error is not None:
             wrong.append(f"{report} (first launched in: {report.step})")
+        elif report.lost_descriptors:
+            wrong.append(f"{report}: ptxas lost the address of a factor: {report.lost_descriptors[0]}")
         elif report.shared_bytes > shared_bytes:
             wrong.append(f"{report}: only {shared_bytes} bytes of shared memory are there")
         elif report.stack_bytes > (allowed := stack_bytes.get(report.name, 0)):
@@ -182,8 +188,18 @@ def _report(pending: Any, step: str) -> KernelReport:
     names = kernel.src.fn.arg_names
     constants = {names[path[0]]: _plain(value) for path, value in kernel.src.constants.items() if len(path) == 1}
     registers, stack_bytes = _resources(kernel.asm["cubin"])
+    # Reading machine code takes a second for the largest kernels; only products by `wgmma` have descriptors.
+    lost = lost_descriptors(kernel.asm["cubin"]) if "wgmma" in kernel.asm["ptx"] else []
     return KernelReport(
-        kernel.name, step, constants, kernel.metadata.num_warps, registers, stack_bytes, kernel.metadata.shared, seconds=round(seconds, 3)
+        kernel.name,
+        step,
+        constants,
+        kernel.metadata.num_warps,
+        registers,
+        stack_bytes,
+        kernel.metadata.shared,
+        lost,
+        seconds=round(seconds, 3),
     )
 
 

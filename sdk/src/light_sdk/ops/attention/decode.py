@@ -32,7 +32,21 @@ __all__ = ["decode_attention"]
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_GROUP_TILE = 64
 MIN_BLOCK_B = 256  # small batches plan with one kernel, compiled when graphs are captured
-COMBINED_PARTS = 16  # of one request and head, at a time
+MAX_COMBINING = 4096
+"""Programs of the kernel that joins parts which a large GPU has at the same time. With more of them, one after the other, it
+would take longest to find out that most requests have nothing to join."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Combine:
+    """How parts are joined: of so many heads in a program, so many parts at a time."""
+
+    block_h: int
+    block_parts: int
+    num_warps: int
+
+
+COMBINE_FEW, COMBINE_MANY = _Combine(1, 16, 2), _Combine(8, 8, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,14 +286,17 @@ def _combine_kernel(
     HAS_SHARED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    """A grid of places by query heads: the parts of a request, weighted by their sums of exponentials."""
+    """A grid of places by blocks of query heads: the parts of a request, weighted by their sums of exponentials."""
     release(DEPENDENT)
     wait(DEPENDENT)
-    place, head = tl.program_id(0), tl.program_id(1)
+    place = tl.program_id(0)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_mask = heads < NUM_HEADS
     begin = tl.load(first_parts_ptr + place)
     end = tl.load(first_parts_ptr + place + 1)
     if end - begin == 1:
@@ -287,24 +304,27 @@ def _combine_kernel(
     request = tl.load(shared_ptr + place) if HAS_SHARED else place
     d = tl.arange(0, BLOCK_D)
     d_mask = d < HEAD_DIM
-    highest = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
-        part_mask = part < end
-        cells = part.to(tl.int64) * NUM_HEADS + head
+        part_mask = (part < end)[:, None] & head_mask[None, :]
+        cells = part.to(tl.int64)[:, None] * NUM_HEADS + heads[None, :]
         lse = tl.load(lse_ptr + cells, mask=part_mask, other=float("-inf"))
-        mask = part_mask[:, None] & d_mask[None, :]
-        partial = tl.load(partial_ptr + cells[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+        mask = part_mask[:, :, None] & d_mask[None, None, :]
+        partial = tl.load(partial_ptr + cells[:, :, None] * HEAD_DIM + d[None, None, :], mask=mask, other=0.0)
         new_highest = tl.maximum(highest, tl.max(lse, axis=0))
-        decay = tl.exp2(highest - new_highest)
-        weights = tl.exp2(lse - new_highest)
+        # Heads beyond the last have no part, and no maximum.
+        shift = tl.where(head_mask, new_highest, 0.0)
+        decay = tl.exp2(highest - shift)
+        weights = tl.exp2(lse - shift[None, :])
         total = total * decay + tl.sum(weights, axis=0)
-        acc = acc * decay + tl.sum(partial * weights[:, None], axis=0)
+        acc = acc * decay[:, None] + tl.sum(partial * weights[:, :, None], axis=0)
         highest = new_highest
-    row = out_ptr + request.to(tl.int64) * out_stride_t + head * out_stride_h
-    tl.store(row + d, (acc / total).to(out_ptr.dtype.element_ty), mask=d_mask)
+    out_rows = out_ptr + request.to(tl.int64) * out_stride_t + heads[:, None] * out_stride_h
+    result = (acc / tl.where(head_mask, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_rows + d[None, :], result, mask=head_mask[:, None] & d_mask[None, :])
 
 
 def decode_attention(
@@ -385,7 +405,8 @@ def decode_attention(
     )
     if len(plan.partial) == 1:
         return
-    _combine_kernel[(step.num_decodes, num_heads)](
+    combine = COMBINE_FEW if step.num_decodes * num_heads <= MAX_COMBINING else COMBINE_MANY
+    _combine_kernel[(step.num_decodes, triton.cdiv(num_heads, combine.block_h))](
         out_THD,
         plan.partial,
         plan.lse,
@@ -396,9 +417,10 @@ def decode_attention(
         HAS_SHARED=tiling is not None,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
-        BLOCK_PARTS=COMBINED_PARTS,
+        BLOCK_H=combine.block_h,
+        BLOCK_PARTS=combine.block_parts,
         BLOCK_D=block_d,
-        num_warps=2,
+        num_warps=combine.num_warps,
         **dependent(q_THD.device),
     )
 

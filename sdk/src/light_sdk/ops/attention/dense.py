@@ -21,7 +21,7 @@ import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
 
-__all__ = ["BUCKET", "cudnn_attention", "dense_attention", "is_worthwhile", "prompts_attention"]
+__all__ = ["BUCKET", "Attend", "cudnn_attention", "dense_attention", "is_worthwhile", "merge", "prompts_attention"]
 
 BUCKET = 512
 PIECE = 16384

@@ -2,9 +2,9 @@
 
     q_latent[t, h] = q[t, h, : P] W_UK[h]        q[t, h, P :] turned        latent and rotary key of t into the pool
 
-All three read nothing but that product and weights, so they run side by side: programs for blocks of a head's outputs, of
-which the first also turns the head's queries, and programs that each write some tokens' latents. Bound by reading W_UK,
-which is brought to L2 while the kernel before still runs (`light_sdk.ops.dependent`).
+All three read nothing but that product and weights, so they run side by side: programs for blocks of a head's outputs, and
+one a head that turns its queries and writes some tokens' latents. Bound by reading W_UK, which is fetched while the kernel
+before still runs (`light_sdk.ops.dependent`).
 """
 
 import torch
@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.mla_attention.heads import HeadBlocks, multiply_block, prefetch_block
-from light_sdk.ops.mla_attention.tuning import stages_of
-from light_sdk.ops.write_latent.kernel import write_row
+from light_sdk.ops.mla_attention.heads import HeadBlocks, multiply_block
+from light_sdk.ops.write_latent.kernel import load_pairs, normalize_rows, store_turned
 
 __all__ = ["absorb_queries"]
+
+MAX_SHARE = 4
+"""Tokens whose latents a program writes at a time."""
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -46,6 +48,7 @@ def _absorb_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    SHARE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,45 +56,46 @@ def _absorb_kernel(
     STEP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    """A grid of blocks of outputs, and one more for the latents, by heads by blocks of tokens."""
+    """A grid of blocks of outputs, and one more for what is turned and written, by heads by blocks of tokens."""
     block, last = tl.program_id(0), tl.num_programs(0) - 1
     head, first_token = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_T
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight = weight_ptr + head * weight_stride_h
-    pairs = tl.arange(0, BLOCK_HALF)
-    pair_mask = pairs < HALF
+    q_head = q_ptr + head * q_stride_h
     release(DEPENDENT)
-    if DEPENDENT:
-        prefetch_block(weight, block * BLOCK_N, 1, weight_stride_k, RANK, KEY_DIM, False, BLOCK_N, PADDED_K, STEP)
-    wait(DEPENDENT)
     if block == last:
-        columns = tl.arange(0, BLOCK_L)
+        columns, pairs = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_HALF)
+        pair_mask = (pairs < HALF)[None, :]
         norm = tl.load(norm_ptr + columns, mask=columns < RANK, other=0.0).to(tl.float32)
-        for token in range(tl.program_id(1), tl.minimum(BLOCK_T, num_tokens - first_token), tl.num_programs(1)):
-            t = first_token.to(tl.int64) + token
-            cos = tl.load(cos_sin_ptr + t * cos_sin_stride_t + pairs, mask=pair_mask, other=0.0)
-            sin = tl.load(cos_sin_ptr + t * cos_sin_stride_t + HALF + pairs, mask=pair_mask, other=0.0)
-            cache_row = cache_ptr + tl.load(slots_ptr + t).to(tl.int64) * cache_stride_s
-            write_row(cache_row, kv_ptr + t * kv_stride_t, norm, cos, sin, eps, RANK, HALF, INTERLEAVED, BLOCK_L, BLOCK_HALF)
+        wait(DEPENDENT)
+        t = first_token.to(tl.int64) + tl.arange(0, BLOCK_T)
+        t_mask = t < num_tokens
+        q_rows = q_head + t * q_stride_t + KEY_DIM
+        q_first, q_second = load_pairs(q_rows, t_mask, HALF, INTERLEAVED, BLOCK_HALF)
+        angles = cos_sin_ptr + t[:, None] * cos_sin_stride_t + pairs[None, :]
+        cos = tl.load(angles, mask=t_mask[:, None] & pair_mask, other=0.0)
+        sin = tl.load(angles + HALF, mask=t_mask[:, None] & pair_mask, other=0.0)
+        # The block's latents are shared out among the programs of its heads.
+        end = tl.minimum(first_token + BLOCK_T, num_tokens)
+        for first in range(first_token + tl.program_id(1) * SHARE, end, tl.num_programs(1) * SHARE):
+            own = (first + tl.arange(0, SHARE)).to(tl.int64)
+            own_mask = own < end
+            latent_mask = own_mask[:, None] & (columns < RANK)[None, :]
+            cache_rows = cache_ptr + tl.load(slots_ptr + own, mask=own_mask, other=0).to(tl.int64) * cache_stride_s
+            kv_rows = kv_ptr + own * kv_stride_t
+            latent = tl.load(kv_rows[:, None] + columns[None, :], mask=latent_mask, other=0.0)
+            key_first, key_second = load_pairs(kv_rows + RANK, own_mask, HALF, INTERLEAVED, BLOCK_HALF)
+            own_angles = cos_sin_ptr + own[:, None] * cos_sin_stride_t + pairs[None, :]
+            own_cos = tl.load(own_angles, mask=own_mask[:, None] & pair_mask, other=0.0)
+            own_sin = tl.load(own_angles + HALF, mask=own_mask[:, None] & pair_mask, other=0.0)
+            latent = normalize_rows(latent, norm, eps, RANK)
+            tl.store(cache_rows[:, None] + columns[None, :], latent.to(cache_ptr.dtype.element_ty), mask=latent_mask)
+            store_turned(cache_rows + RANK, key_first, key_second, own_cos, own_sin, own_mask, HALF, INTERLEAVED, BLOCK_HALF)
+        store_turned(q_rows, q_first, q_second, cos, sin, t_mask, HALF, INTERLEAVED, BLOCK_HALF)
     else:
-        t = first_token + tl.arange(0, BLOCK_T)
-        q_head, out_head = q_ptr + head * q_stride_h, out_ptr + head * out_stride_h
+        weight, out_head = weight_ptr + head * weight_stride_h, out_ptr + head * out_stride_h
         multiply_block(
-            out_head, q_head, weight, t, n, num_tokens, out_stride_t, q_stride_t, 1, weight_stride_k,
-            RANK, KEY_DIM, BLOCK_T, BLOCK_N, BLOCK_K,
+            out_head, q_head, weight, first_token, block * BLOCK_N, num_tokens, out_stride_t, q_stride_t, 1, weight_stride_k,
+            RANK, KEY_DIM, False, BLOCK_T, BLOCK_N, BLOCK_K, PADDED_K, STEP, DEPENDENT,
         )  # fmt: skip
-        if block == 0:
-            mask = (t < num_tokens)[:, None] & pair_mask[None, :]
-            angles = cos_sin_ptr + t.to(tl.int64)[:, None] * cos_sin_stride_t + pairs[None, :]
-            cos = tl.load(angles, mask=mask, other=0.0)
-            sin = tl.load(angles + HALF, mask=mask, other=0.0)
-            first = 2 * pairs if INTERLEAVED else pairs
-            distance: tl.constexpr = 1 if INTERLEAVED else HALF
-            places = q_head + t.to(tl.int64)[:, None] * q_stride_t + KEY_DIM + first[None, :]
-            a = tl.load(places, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(places + distance, mask=mask, other=0.0).to(tl.float32)
-            tl.store(places, (a * cos - b * sin).to(q_ptr.dtype.element_ty), mask=mask)
-            tl.store(places + distance, (b * cos + a * sin).to(q_ptr.dtype.element_ty), mask=mask)
 
 
 def absorb_queries(
@@ -145,12 +149,13 @@ def absorb_queries(
         INTERLEAVED=interleaved,
         BLOCK_L=triton.next_power_of_2(rank),
         BLOCK_HALF=triton.next_power_of_2(half),
+        SHARE=min(MAX_SHARE, triton.next_power_of_2(triton.cdiv(blocks.t, num_heads))),
         BLOCK_T=blocks.t,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,
         PADDED_K=blocks.padded_k,
         STEP=blocks.step,
         num_warps=4,
-        num_stages=stages_of(3, q_THD.stride(0), q_THD.stride(1), w_uk_HPL.stride(0), w_uk_HPL.stride(1)),
+        num_stages=3,
         **dependent(q_THD.device),
     )

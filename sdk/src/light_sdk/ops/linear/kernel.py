@@ -1,9 +1,9 @@
-"""`linear` on Hopper: up to 32 tokens by the kernels of `small.py`, more by torch's product."""
+"""`linear` on Hopper: up to 128 tokens by the kernels of `small.py` where they are faster, more by torch's product."""
 
 import torch
 import torch.nn.functional as F
 
-from light_sdk.ops.linear.small import MAX_TOKENS, row_linear, tile_linear
+from light_sdk.ops.linear.small import MAX_TOKENS, has_tiles, row_linear, tile_linear
 from light_sdk.ops.linear.tuning import row_config, tile_config
 from light_sdk.ops.tuning import num_processors
 
@@ -20,7 +20,8 @@ def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """The product by a kernel for few tokens, or None where torch's own is to be taken.
 
     Args:
-        x: `[T, K]`; what has another shape, or a last dimension with gaps, is left to torch.
+        x: `[T, K]`; what has another shape, or a last dimension with gaps, is left to torch, as are rows and addresses of
+            several tokens that are not multiples of 16 bytes.
         weight: `[N, K]`, or `[2N, K]` with `activation`.
         bias: one for each row of `weight`, or None.
         activation: canonical name of a gated activation, or None.
@@ -29,4 +30,7 @@ def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         return None
     if x.shape[0] == 1:
         return row_linear(x, weight, bias, activation, row_config(weight))
-    return tile_linear(x, weight, bias, activation, tile_config(x.device, x.shape[0]), num_processors(x.device))
+    config = tile_config(weight, x.shape[0], gated=activation is not None)
+    if config is None or not has_tiles(x, weight):
+        return None
+    return tile_linear(x, weight, bias, activation, config, num_processors(x.device))

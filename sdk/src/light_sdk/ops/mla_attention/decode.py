@@ -20,7 +20,7 @@ from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.heads import multiply_heads
 from light_sdk.ops.mla_attention.plan import plan_decodes, prefix_tiling
 from light_sdk.ops.mla_attention.prefix import attend_prefixes
-from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig, prefix_config, stages_of
+from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig, prefix_config
 
 __all__ = ["attend_latents", "decode_attention"]
 
@@ -248,7 +248,7 @@ def attend_latents(
         BLOCK_L=max(16, triton.next_power_of_2(rank)),
         BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
         num_warps=config.num_warps,
-        num_stages=stages_of(config.num_stages, latent_cache_SC.stride(0)),
+        num_stages=config.num_stages,
         **dependent(q_THL.device),
     )
     if not plan.may_split:

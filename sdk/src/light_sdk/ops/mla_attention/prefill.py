@@ -9,6 +9,12 @@ A launch takes up the softmax where the one before it left off, so nothing is me
 length need the same workspace. One launch serves the chunks of all requests. The rotary key is read as it is kept,
 once for all heads; it is never copied beside the heads' own keys.
 
+Rows of keys, values and rotary keys begin at multiples of 16 elements, which is what Triton must know to copy keys to shared
+memory ahead of time; widths that are no such multiples, which no published model has, are padded. It is more than speed: keys
+that are copied ahead have a place of their own. Otherwise values take the place that keys have left, and where the two are laid
+out differently there, ptxas 12.8 (Triton 3.6) loses the address of the values: prompts of a model with keys of 24 and values of
+12 came out wrong on an H200, or ended in an illegal memory access (`light_sdk.testing.descriptors`).
+
 Source of the state that is carried: Dao 2023, "FlashAttention-2", arXiv 2307.08691, section 3.1.
 """
 
@@ -21,7 +27,7 @@ import triton
 import triton.language as tl
 
 from light_core.types import Step
-from light_sdk.ops.mla_attention.tuning import PrefillConfig, stages_of
+from light_sdk.ops.mla_attention.tuning import PrefillConfig
 
 __all__ = ["MAX_PIECE_LEN", "Piece", "cut_prefixes", "fitting_piece_len", "plan_pieces", "prefill_attention"]
 
@@ -30,6 +36,8 @@ MAX_PIECE_LEN = 16384
 PIECE_BYTES = 1 << 28
 """Of the keys and values of one piece; with 16 heads 16,384 tokens take half of it, with 128 heads 4,096 take all."""
 LEAST_PIECE_LEN = 1024
+ALIGNMENT = 16
+"""Elements; what Triton distinguishes strides and addresses by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,7 @@ def _attend(
     KEY_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    FIRST_VALUE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -175,7 +184,8 @@ def _attend(
         n = start + tl.arange(0, BLOCK_N)
         n_mask = (n < num_keys)[:, None]
         offsets = n.to(tl.int64)[:, None]
-        k_rows, v_rows = kv_head + offsets * kv_stride_n + p[None, :], kv_head + offsets * kv_stride_n + KEY_DIM + o[None, :]
+        kv_rows = kv_head + offsets * kv_stride_n
+        k_rows, v_rows = kv_rows + p[None, :], kv_rows + FIRST_VALUE + o[None, :]
         r_rows = rope_ptr + offsets * rope_stride_n + r[None, :]
         if MASKED:
             k = tl.load(k_rows, mask=n_mask & p_mask, other=0.0)
@@ -233,6 +243,7 @@ def _prefill_kernel(
     KEY_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    FIRST_VALUE: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_STATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -283,11 +294,11 @@ def _prefill_kernel(
         whole = num_keys // BLOCK_N * BLOCK_N
     acc, total, highest = _attend(
         acc, total, highest, q, q_rope, kv_head, rope_begin, kv_stride_n, rope_stride_n, rows, 0, whole, num_keys, scale,
-        False, CAUSAL, KEY_DIM, ROTARY, VALUE_DIM, BLOCK_N, BLOCK_P, BLOCK_R, BLOCK_O,
+        False, CAUSAL, KEY_DIM, ROTARY, VALUE_DIM, FIRST_VALUE, BLOCK_N, BLOCK_P, BLOCK_R, BLOCK_O,
     )  # fmt: skip
     acc, total, highest = _attend(
         acc, total, highest, q, q_rope, kv_head, rope_begin, kv_stride_n, rope_stride_n, rows, whole, end, num_keys, scale,
-        True, CAUSAL, KEY_DIM, ROTARY, VALUE_DIM, BLOCK_N, BLOCK_P, BLOCK_R, BLOCK_O,
+        True, CAUSAL, KEY_DIM, ROTARY, VALUE_DIM, FIRST_VALUE, BLOCK_N, BLOCK_P, BLOCK_R, BLOCK_O,
     )  # fmt: skip
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     if CAUSAL:
@@ -355,8 +366,9 @@ def _attend_piece(
     (num_heads, expanded, rank), value_dim = kv_b_HXL.shape, out_THO.shape[-1]
     key_dim, rotary_dim = expanded - value_dim, latent_cache_SC.shape[1] - rank
     kept_NC = latent_cache_SC.index_select(0, piece.slots)
-    kv_NHX = F.linear(kept_NC[:, :rank], kv_b_HXL.flatten(0, 1)).view(-1, num_heads, expanded)
-    rope_NR = kept_NC[:, rank:]
+    weight_HXL = _align_heads(kv_b_HXL, key_dim)
+    kv_NHX = F.linear(kept_NC[:, :rank], weight_HXL.flatten(0, 1)).view(-1, num_heads, weight_HXL.shape[1])
+    rope_NR = _align_rows(kept_NC, rank)
     grid = (triton.cdiv(piece.max_query_len, config.block_m), num_heads, piece.num_segments)
     _prefill_kernel[grid](
         out_THO,
@@ -380,6 +392,7 @@ def _attend_piece(
         KEY_DIM=key_dim,
         ROTARY=rotary_dim,
         VALUE_DIM=value_dim,
+        FIRST_VALUE=key_dim + -key_dim % ALIGNMENT,
         CAUSAL=causal,
         HAS_STATE=has_state,
         BLOCK_M=config.block_m,
@@ -388,5 +401,24 @@ def _attend_piece(
         BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
         BLOCK_O=max(16, triton.next_power_of_2(value_dim)),
         num_warps=config.num_warps,
-        num_stages=stages_of(config.num_stages, kv_NHX.stride(0), kv_NHX.stride(1), rope_NR.stride(0)),
+        num_stages=config.num_stages,
     )
+
+
+def _align_heads(kv_b_HXL: torch.Tensor, key_dim: int) -> torch.Tensor:
+    """`kv_b_HXL` with rows of zeros behind each head's keys and behind its values, so that what it makes of a latent has
+    both begin at multiples of `ALIGNMENT`; itself where it has that already."""
+    value_dim = kv_b_HXL.shape[1] - key_dim
+    if key_dim % ALIGNMENT == value_dim % ALIGNMENT == 0:
+        return kv_b_HXL
+    parts = torch.split(kv_b_HXL, [key_dim, value_dim], dim=1)
+    return torch.cat([F.pad(part, (0, 0, 0, -part.shape[1] % ALIGNMENT)) for part in parts], dim=1)
+
+
+def _align_rows(kept_NC: torch.Tensor, rank: int) -> torch.Tensor:
+    """The rotary keys `[N, R]` of latents, copied to rows that begin at multiples of `ALIGNMENT` where they do not as they
+    are; a copy has columns of zeros behind them."""
+    rope_NR = kept_NC[:, rank:]
+    if rank % ALIGNMENT == kept_NC.stride(0) % ALIGNMENT == 0:
+        return rope_NR
+    return F.pad(rope_NR, (0, -rope_NR.shape[1] % ALIGNMENT))

@@ -17,7 +17,6 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.plan import DecodePlan, PrefixTiling
-from light_sdk.ops.mla_attention.tuning import stages_of
 from light_sdk.ops.tuning import num_processors
 
 __all__ = ["attend_prefixes"]
@@ -200,6 +199,6 @@ def attend_prefixes(
         BLOCK_L=max(16, triton.next_power_of_2(rank)),
         BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
         num_warps=config.num_warps,
-        num_stages=stages_of(config.num_stages, latent_cache_SC.stride(0)),
+        num_stages=config.num_stages,
         **dependent(q_THL.device),
     )

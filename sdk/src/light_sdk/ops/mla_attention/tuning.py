@@ -13,7 +13,7 @@ import torch
 
 from light_sdk.ops.tuning import device_name, tuned_parameters
 
-__all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config", "stages_of"]
+__all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config"]
 
 PACKAGE = "light_sdk.ops.mla_attention"
 FEWEST_HEADS, MOST_HEADS = 16, 128
@@ -92,18 +92,6 @@ def prefill_config(q_THD: torch.Tensor) -> PrefillConfig:
 def prefix_config(q_THD: torch.Tensor) -> PrefixConfig:
     """As `decode_config`, for shared prefixes."""
     return _prefix_config(device_name(q_THD.device), str(q_THD.element_size()))
-
-
-def stages_of(num_stages: int, *strides: int) -> int:
-    """`num_stages` for a kernel whose operands' rows, with these strides, Triton can all copy to shared memory ahead of time;
-    else 1.
-
-    It can where they begin at multiples of 16 elements. Where it does so for one operand of products and not for another,
-    threads meet at a barrier before the fence that Hopper's tensor cores need, not behind it (Triton 3.6 and 3.9), so that it
-    may not cover what others have stored. A model with heads of 24 and 12 beside latents of 40 + 8, the only one with such a
-    kernel, came out wrong on an H200.
-    """
-    return num_stages if all(stride % 16 == 0 for stride in strides) else 1
 
 
 @functools.cache

@@ -1,9 +1,14 @@
-"""`route_tokens` in one launch: the router's product, cut along the hidden size, and the choice by whoever comes last.
+"""`route_tokens`: for up to `MAX_TOKENS` in one launch, for more as a product and a choice.
 
-The router is small and read by many: few programs would wait for it, so each takes a part of the hidden size (fetched
-before the tokens are there), leaves its products in memory, and the last one of a block of tokens adds them up, always in
-the same order, and chooses. A router in float32 multiplies as three products of TF32, which loses nothing of tokens in
-half precision and 2^-22 of the router. Many tokens with a router in their own dtype go to the library.
+Of few tokens the product is cut along the hidden size: the router is small and read by many, so that few programs would
+wait for it. Each takes a part (fetched before the tokens are there), leaves its products in memory, and the last one of a
+block of tokens adds them up, always in the same order, and chooses. A router in float32 multiplies as three products of
+TF32, which loses nothing of tokens in half precision and 2^-22 of the router; a single token multiplies without the tensor
+cores.
+
+Many tokens are bound by reading them. With a router in their own dtype they go to the library; with one in float32 to a
+product whose tiles of tokens fill the tensor cores. Three numbers of bfloat16 are a float32 to its last bit, so that tokens
+in bfloat16 take three products of that.
 """
 
 import torch
@@ -17,10 +22,10 @@ from light_sdk.ops.route_experts.kernel import choice_arguments, route_experts, 
 from light_sdk.ops.route_experts.reference import Routing
 from light_sdk.ops.tuning import num_processors
 
-__all__ = ["route_tokens"]
+__all__ = ["route_tokens", "router_logits"]
 
 MAX_TOKENS = 1024
-"""Up to here one launch beats the library's product and a second one for the choice; routers in float32 have no limit."""
+"""Up to here one launch beats a product and a second one for the choice."""
 MAX_SPLITS = 16
 MIN_BLOCK_T, MAX_BLOCK_T = 8, 16
 """Tokens of a program. With so many at least, the scores of a token lie in one warp and finding its experts takes no barrier;
@@ -28,6 +33,10 @@ of few experts they do anyway."""
 FEW_EXPERTS = 16
 MAX_BLOCK_E, MAX_BLOCK_BYTES = 128, 32768
 """Of a router's block: inputs, and bytes that 128 or 256 threads hold in registers."""
+LOGITS_BLOCK_T = 64
+"""Tokens of a program where they are many, as many as a row of tensor cores takes."""
+LOGITS_BLOCK_BYTES, MAX_STAGE_BYTES = 32768, 196608
+"""Of a router's block there, and of all blocks that are under way."""
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -46,6 +55,7 @@ def _route_tokens_kernel(
     NUM_EXPERTS: tl.constexpr,
     RUN: tl.constexpr,
     SPLITS: tl.constexpr,
+    SINGLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -75,26 +85,32 @@ def _route_tokens_kernel(
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     t_mask = (t < num_tokens)[:, None]
     x_rows = x_ptr + t.to(tl.int64)[:, None] * x_stride + e[None, :]
-    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    # One token has a row of its own; the others of its block are neither computed nor read.
+    ROWS: tl.constexpr = 1 if SINGLE else BLOCK_T
+    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for i in range(RUN):
         start = begin + i * BLOCK_E
-        x = tl.load(x_rows + start, mask=t_mask & (start + e < SIZE_E)[None, :], other=0.0)
-        if x.dtype == router.dtype:
-            acc = tl.dot(x, tl.trans(router), acc, input_precision="ieee")
+        if SINGLE:
+            x = tl.load(x_ptr + start + e, mask=start + e < SIZE_E, other=0.0).to(tl.float32)
+            acc += tl.sum(router.to(tl.float32) * x[None, :], axis=1)[None, :]
         else:
-            acc = tl.dot(x.to(tl.float32), tl.trans(router), acc, input_precision="tf32x3")
+            x = tl.load(x_rows + start, mask=t_mask & (start + e < SIZE_E)[None, :], other=0.0)
+            if x.dtype == router.dtype:
+                acc = tl.dot(x, tl.trans(router), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x.to(tl.float32), tl.trans(router), acc, input_precision="tf32x3")
         if RUN > 1:
             following = start + BLOCK_E
             router = tl.load(router_rows + following, mask=n_mask & (following + e < SIZE_E)[None, :], other=0.0)
     places = partial_ptr + block.to(tl.int64) * (SPLITS * BLOCK_T * BLOCK_N)
-    i = tl.arange(0, BLOCK_T)
-    tl.store(places + split * (BLOCK_T * BLOCK_N) + i[:, None] * BLOCK_N + n[None, :], acc)
+    rows, i = tl.arange(0, ROWS), tl.arange(0, BLOCK_T)
+    tl.store(places + split * (BLOCK_T * BLOCK_N) + rows[:, None] * BLOCK_N + n[None, :], acc)
     tl.debug_barrier()
     before = tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") if SPLITS > 1 else 0
     if before == SPLITS - 1:
         group, member = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_X)
         index = group[:, None] * GROUP_SIZE + member[None, :]
-        mask = ((group < NUM_GROUPS)[:, None] & (member < GROUP_SIZE)[None, :])[None, :, :]
+        mask = ((group < NUM_GROUPS)[:, None] & (member < GROUP_SIZE)[None, :])[None, :, :] & (t < num_tokens)[:, None, None]
         cells = places + i[:, None, None] * BLOCK_N + index[None, :, :]
         logits = tl.zeros([BLOCK_T, BLOCK_G, BLOCK_X], tl.float32)
         for part in tl.static_range(SPLITS):
@@ -111,6 +127,82 @@ def _route_tokens_kernel(
             tl.store(arrived_ptr + block, 0)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _logits_kernel(
+    logits_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    router_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    x_stride: tl.tensor,
+    SIZE_E: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    IN_PIECES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> None:
+    """Products of a block of tokens with a router in float32, as three of bfloat16 where IN_PIECES."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    n, e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
+    t_mask, n_mask = (t < num_tokens)[:, None], n < NUM_EXPERTS
+    x_rows, router_rows = x_ptr + t[:, None] * x_stride + e[None, :], router_ptr + n[:, None] * SIZE_E + e[None, :]
+    release(DEPENDENT)
+    wait(DEPENDENT)
+    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, SIZE_E, BLOCK_E):
+        inside = (start + e < SIZE_E)[None, :]
+        x = tl.load(x_rows + start, mask=t_mask & inside, other=0.0)
+        router = tl.load(router_rows + start, mask=n_mask[:, None] & inside, other=0.0)
+        if IN_PIECES:
+            # Each has the eight bits that the one before it left; differences of neighbours are exact.
+            high = router.to(tl.bfloat16)
+            rest = router - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(x, tl.trans(high.to(x.dtype)), acc, input_precision="ieee")
+            acc = tl.dot(x, tl.trans(middle.to(x.dtype)), acc, input_precision="ieee")
+            acc = tl.dot(x, tl.trans(low.to(x.dtype)), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x.to(tl.float32), tl.trans(router), acc, input_precision="tf32x3")
+    tl.store(logits_ptr + t[:, None] * NUM_EXPERTS + n[None, :], acc, mask=t_mask & n_mask[None, :])
+
+
+def router_logits(x_TE: torch.Tensor, router_XE: torch.Tensor, in_pieces: bool) -> torch.Tensor:
+    """Products of many tokens with a router in float32.
+
+    Args:
+        x_TE: `[T, E]`, its last dimension dense.
+        router_XE: float32 `[X, E]`, contiguous.
+        in_pieces: whether the router is multiplied as three numbers of bfloat16, for tokens in that dtype; else as TF32.
+
+    Returns:
+        A new float32 `[T, X]`.
+    """
+    (num_tokens, size_e), num_experts = x_TE.shape, len(router_XE)
+    block_n = max(16, triton.next_power_of_2(num_experts))
+    block_e = min(MAX_BLOCK_E, max(16, LOGITS_BLOCK_BYTES // (block_n * router_XE.element_size())))
+    stage_bytes = block_e * (block_n * router_XE.element_size() + LOGITS_BLOCK_T * x_TE.element_size())
+    logits_TX = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x_TE.device)
+    _logits_kernel[(triton.cdiv(num_tokens, LOGITS_BLOCK_T),)](
+        logits_TX,
+        x_TE,
+        router_XE,
+        num_tokens,
+        x_TE.stride(0),
+        SIZE_E=size_e,
+        NUM_EXPERTS=num_experts,
+        IN_PIECES=in_pieces,
+        BLOCK_T=LOGITS_BLOCK_T,
+        BLOCK_N=block_n,
+        BLOCK_E=block_e,
+        num_warps=4 if in_pieces else 8,
+        num_stages=max(1, min(4, MAX_STAGE_BYTES // stage_bytes)),
+        **dependent(x_TE.device),
+    )
+    return logits_TX
+
+
 def route_tokens(
     weights_Tk: torch.Tensor,
     ids_Tk: torch.Tensor,
@@ -123,10 +215,12 @@ def route_tokens(
     num_tokens, size_e = x_TE.shape
     if num_tokens == 0:
         return
-    if num_tokens > MAX_TOKENS and router_XE.dtype == x_TE.dtype:
-        route_experts(weights_Tk, ids_Tk, F.linear(x_TE, router_XE), routing, bias_X)
-        return
     assert weights_Tk.is_contiguous() and ids_Tk.is_contiguous() and router_XE.is_contiguous() and x_TE.stride(1) == 1
+    if num_tokens > MAX_TOKENS:
+        is_plain = router_XE.dtype == x_TE.dtype
+        logits_TX = F.linear(x_TE, router_XE) if is_plain else router_logits(x_TE, router_XE, x_TE.dtype == torch.bfloat16)
+        route_experts(weights_Tk, ids_Tk, logits_TX, routing, bias_X)
+        return
     assert len(router_XE) == routing.num_experts and (bias_X is not None) == routing.biased
     least = 1 if routing.num_experts <= FEW_EXPERTS else MIN_BLOCK_T
     block_n, block_t = max(16, triton.next_power_of_2(routing.num_experts)), triton.next_power_of_2(num_tokens)
@@ -153,6 +247,7 @@ def route_tokens(
         NUM_EXPERTS=routing.num_experts,
         RUN=run,
         SPLITS=splits,
+        SINGLE=num_tokens == 1,
         BLOCK_N=block_n,
         BLOCK_E=block_e,
         BLOCK_T=block_t,
