@@ -33,8 +33,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("model", "num_steps", "kernels"),
     [
         ("llama-3.1-8b", None, {"_row_kernel", "_tile_kernel", "_decode_kernel", "_prefix_kernel", "_prefill_kernel", "_merge_kernel"}),
-        ("deepseek-v2-lite", 3, {"_decode_kernel", "_prefill_kernel", "_prefix_kernel", "up_descriptor_kernel", "down_descriptor_kernel"}),
-        pytest.param("deepseek-v2-lite", None, {"_tile_kernel", "_sort_kernel", "up_kernel", "down_kernel"}, marks=pytest.mark.slow),
+        (
+            "deepseek-v2-lite",
+            3,
+            {"_decode_kernel", "_join_keys_kernel", "_prefix_kernel", "up_descriptor_kernel", "down_descriptor_kernel"},
+        ),
+        pytest.param(
+            "deepseek-v2-lite",
+            None,
+            {"_tile_kernel", "_sort_kernel", "_prefill_kernel", "up_kernel", "down_kernel"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("mixtral-8x7b", None, {"_decode_kernel", "_route_tokens_kernel", "_sort_kernel"}, marks=pytest.mark.slow),
         pytest.param("qwen2-vl-7b", None, {"_decode_kernel", "_prefill_kernel", "_rotary_kv_kernel"}, marks=pytest.mark.slow),
     ],

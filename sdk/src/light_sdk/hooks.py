@@ -66,10 +66,9 @@ def light_register_kernels(registry: KernelRegistry) -> None:
     registry.kernel(Kernel("gated_linear", "triton", f"{gated}:gated_linear", ("cuda",), (9, 0), HALVES, priority=10))
     hopper = "light_sdk.ops.attention.hopper:attention"
     registry.kernel(Kernel("attention", "triton+cudnn", hopper, ("cuda",), (9, 0), HALVES, priority=10, accepts=_accepts_dense))
-    # cuDNN's attention of keys of 192 and values of 128 has yet to show that it is faster: by name alone until then.
     for op, target in (("mla_attention", "hopper:mla_attention"), ("latent_attention", "kernel:with_cudnn")):
         target = f"light_sdk.ops.{op}.{target}"
-        registry.kernel(Kernel(op, "triton+cudnn", target, ("cuda",), (9, 0), HALVES, -10, _accepts_dense_latents))
+        registry.kernel(Kernel(op, "triton+cudnn", target, ("cuda",), (9, 0), HALVES, 10, _accepts_dense_latents))
     for op in FLOAT8_OPS:
         registry.op(op, reference=f"light_sdk.ops.{op}.reference:{op}")
         registry.kernel(Kernel(op, "triton", f"light_sdk.ops.{op}.kernel:{op}", ("cuda",), (8, 9), FLOATS))

@@ -73,7 +73,8 @@ def test_selection(op, registry) -> None:
     for machine, table in chosen.items():
         table.select(op, **facts)
         names[machine] = table.choices[0].kernel
-    assert names[HOPPER] == {"linear": "triton+torch", "attention": "triton+cudnn"}.get(op, "triton")
+    with_libraries = {"linear": "triton+torch"} | dict.fromkeys(("attention", "mla_attention", "latent_attention"), "triton+cudnn")
+    assert names[HOPPER] == with_libraries.get(op, "triton")
     assert names[TURING] == "reference"
     assert names[CPU] == on_cpu(op)
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from light_core.bench.ceilings import Ceilings
-from light_core.bench.counting import StepCount, count_step, floor_ms
+from light_core.engine.counting import StepCount, count_step, floor_ms
 from light_core.bench.kernels import KernelTime, named_ops, op_kernels, profile_kernels
 from light_core.config import EngineConfig
 from light_core.engine.engine import Engine

@@ -22,6 +22,7 @@ from light_core.engine.assembly import create_runner, vocab_size
 from light_core.engine.device_start import start_device
 from light_core.engine.loading import bind_model, resolve_model
 from light_core.engine.memory import MemoryBudget, cpu_budget, pool_slots
+from light_core.engine.pace import pace_of
 from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
 from light_core.engine.runner import Launched
 from light_core.engine.sampling import STATUS_TEXT
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 NO_TOKENS = np.zeros(0, np.int32)
-PACE = 1024  # tokens: eight tiles of a GPU's matrix products (docs/decisions/0011); on CPUs no pace was faster than none
 PROFILE_SLOTS = 2  # slots of the KV pool while memory is measured
 
 
@@ -90,7 +90,8 @@ class Engine:
             max_model_len=resolved.limits.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             max_shared_len=self.runtime.kv_layout.max_shared_len,
-            pace=PACE if paced and resolved.device.startswith("cuda") else None,
+            # On CPUs no pace was faster than none.
+            pace=pace_of(self.runtime) if paced and resolved.device.startswith("cuda") else None,
         )
         is_ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
         self._depth = 1 if is_ahead else 0

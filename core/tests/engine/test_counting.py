@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from light_core.bench.counting import _pairs, _tokens_read, count_step, floor_ms
+from light_core.engine.counting import _pairs, _tokens_read, count_step, floor_ms
 from light_core.ops import Choice
 from light_core.types import KVGroup, KVLayout, KVPlane
 
