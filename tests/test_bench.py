@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from light_core.bench.ceilings import Ceilings
-from light_core.engine.counting import count_step
 from light_core.bench.step import HOST_PHASES, StepMeter
 from light_core.cli.main import command
 from light_core.config import EngineConfig
+from light_core.engine.counting import count_step
 from light_core.engine.engine import Engine
 from light_core.engine.requests import EngineRequest
 from light_core.errors import ConfigError

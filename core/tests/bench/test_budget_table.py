@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from light_core.bench.budget_table import print_budget
-from light_core.engine.counting import Needs, StepCount, floor_ms
 from light_core.bench.step import HOST_PHASES, StepBudget
+from light_core.engine.counting import Needs, StepCount, floor_ms
 
 COUNT = StepCount(Needs(1e3), Needs(2e9, 3e9), Needs(), Needs(5e6, 6e6), Needs(7e6), is_attention_counted=False, are_experts_known=False)
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from light_core.bench.ceilings import Ceilings
-from light_core.engine.counting import StepCount, count_step, floor_ms
 from light_core.bench.kernels import KernelTime, named_ops, op_kernels, profile_kernels
 from light_core.config import EngineConfig
+from light_core.engine.counting import StepCount, count_step, floor_ms
 from light_core.engine.engine import Engine
 from light_core.engine.loading import CPU_DEFAULTS, GPU_DEFAULTS, resolve_device
 from light_core.engine.requests import EngineRequest

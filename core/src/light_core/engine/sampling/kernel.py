@@ -170,9 +170,12 @@ def _row_statistics(
     total = tl.zeros((BLOCK,), tl.float32)
     broken = tl.zeros((BLOCK,), tl.int32)
     first = split * split_len
-    for start in range(first, min(first + split_len, vocab), BLOCK):
-        tokens = start + lanes
-        x = tl.load(row_ptr + tokens, mask=tokens < vocab, other=float("-inf")).to(tl.float32)
+    end = min(first + split_len, vocab)
+    following = tl.load(row_ptr + first + lanes, mask=first + lanes < end, other=float("-inf"))
+    for start in range(first, end, BLOCK):
+        tokens, x = start + lanes, following.to(tl.float32)
+        # The next block is under way while this one is looked at.
+        following = tl.load(row_ptr + tokens + BLOCK, mask=tokens + BLOCK < end, other=float("-inf"))
         broken |= (x != x).to(tl.int32)
         better = x > best
         if HAS_RANDOM:
