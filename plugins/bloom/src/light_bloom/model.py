@@ -5,7 +5,7 @@ from torch import nn
 
 from light_bloom.config import BloomShape
 from light_sdk import Hidden, KVView, ModelContext, Step
-from light_sdk.layers import MLP, Attention, Embedding, LayerNorm, Linear, LMHead, MergedLinear, alibi_slopes, wanted_rows
+from light_sdk.layers import MLP, Attention, Embedding, LayerNorm, Linear, LMHead, MergedLinear, alibi_slopes, onto, wanted_rows
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
 
@@ -34,13 +34,13 @@ class SelfAttention(nn.Module):
         self.attention = Attention(model, heads, heads, shape.head_dim, slopes=alibi_slopes(heads))
         self.out = Linear(model, size, size, bias=True)
 
-    def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, step: Step, kv: KVView) -> Hidden:
         q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(x))
-        return self.out(self.attention(q_THD, k_TKD, v_TKD, step, kv))
+        return onto(wanted_rows(residual, step), self.out, self.attention(q_THD, k_TKD, v_TKD, step, kv))
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
+    """One transformer layer. The addition that ends it is the last product's or the next norm's."""
 
     narrows = True
 
@@ -55,9 +55,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self._normalise(self.attention_norm, hidden)
-        x = self.attention(x, step, kv)
-        x, residual = self._normalise(self.mlp_norm, Hidden(x, wanted_rows(residual, step)))
-        return Hidden(self.mlp(x), residual)
+        x, residual = self._normalise(self.mlp_norm, self.attention(x, residual, step, kv))
+        return onto(residual, self.mlp, x)
 
     def _normalise(self, norm: LayerNorm, hidden: Hidden) -> Hidden:
         normed = norm(hidden)

@@ -15,6 +15,7 @@ from light_sdk.layers import (
     create_experts,
     create_gated_mlp,
     create_linear,
+    onto,
     wanted_rows,
 )
 
@@ -61,15 +62,14 @@ class SelfAttention(nn.Module):
         )
         self.out = create_linear(model, shape.num_heads * shape.value_dim, (width,), has_bias)
 
-    def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, step: Step, kv: KVView) -> Hidden:
         q, kv_TC = self.down.split(x)
         if self.is_compressed:
             q = self.q_up(self.q_norm(Hidden(q)).x)
         if self.latent_bias is not None:
             kv_TC = kv_TC + self.latent_bias
         q_THD = q.view(q.shape[0], self.num_heads, -1)
-        out: torch.Tensor = self.out(self.attention(q_THD, kv_TC, step, kv))
-        return out
+        return onto(wanted_rows(residual, step), self.out, self.attention(q_THD, kv_TC, step, kv))
 
 
 def create_mlp(model: ModelContext, shape: DeepseekShape, layer_id: int) -> nn.Module:
@@ -85,7 +85,7 @@ def create_mlp(model: ModelContext, shape: DeepseekShape, layer_id: int) -> nn.M
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
+    """One transformer layer. The addition that ends it is the last product's or the next norm's."""
 
     narrows = True
 
@@ -99,9 +99,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
-        x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
-        return Hidden(self.mlp(x), residual)
+        x, residual = self.mlp_norm(self.attention(x, residual, step, kv))
+        return onto(residual, self.mlp, x)
 
 
 def create_head(model: ModelContext) -> LMHead:

@@ -5,7 +5,19 @@ from torch import nn
 
 from light_llama.config import LlamaShape
 from light_sdk import Hidden, KVView, ModelContext, Step
-from light_sdk.layers import Attention, Embedding, GatedMLP, Linear, LMHead, MergedLinear, RMSNorm, Rotary, RotaryEmbedding, wanted_rows
+from light_sdk.layers import (
+    Attention,
+    Embedding,
+    GatedMLP,
+    Linear,
+    LMHead,
+    MergedLinear,
+    RMSNorm,
+    Rotary,
+    RotaryEmbedding,
+    onto,
+    wanted_rows,
+)
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
 
@@ -36,13 +48,13 @@ class SelfAttention(nn.Module):
         self.attention = Attention(model, shape.num_heads, shape.num_kv_heads, shape.head_dim, window=shape.window, rotary=rotary)
         self.out = Linear(model, q_size, shape.hidden_size, shape.attention_bias)
 
-    def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, step: Step, kv: KVView) -> Hidden:
         q_THD, k_TKD, v_TKD = self.qkv(x).view(x.shape[0], -1, self.head_dim).split_with_sizes(self.num_heads, dim=1)
-        return self.out(self.attention(q_THD, k_TKD, v_TKD, step, kv))
+        return onto(wanted_rows(residual, step), self.out, self.attention(q_THD, k_TKD, v_TKD, step, kv))
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
+    """One transformer layer. The addition that ends it is the last product's or the next norm's."""
 
     narrows = True
 
@@ -56,9 +68,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
-        x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
-        return Hidden(self.mlp(x), residual)
+        x, residual = self.mlp_norm(self.attention(x, residual, step, kv))
+        return onto(residual, self.mlp, x)
 
 
 def create_head(model: ModelContext) -> LMHead:

@@ -5,7 +5,20 @@ from torch import nn
 
 from light_mixtral.config import MixtralShape
 from light_sdk import Hidden, KVView, ModelContext, Step
-from light_sdk.layers import Attention, Embedding, Experts, Linear, LMHead, MergedLinear, MoE, RMSNorm, Rotary, RotaryEmbedding, wanted_rows
+from light_sdk.layers import (
+    Attention,
+    Embedding,
+    Experts,
+    Linear,
+    LMHead,
+    MergedLinear,
+    MoE,
+    RMSNorm,
+    Rotary,
+    RotaryEmbedding,
+    onto,
+    wanted_rows,
+)
 
 __all__ = ["DecoderLayer", "Embeddings", "create_head"]
 
@@ -36,14 +49,13 @@ class SelfAttention(nn.Module):
         self.attention = Attention(model, shape.num_heads, shape.num_kv_heads, shape.head_dim, window=shape.window, rotary=rotary)
         self.out = Linear(model, q_size, shape.hidden_size)
 
-    def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, step: Step, kv: KVView) -> Hidden:
         q_THD, k_TKD, v_TKD = (part.view(len(x), -1, self.head_dim) for part in self.qkv.split(x))
-        out: torch.Tensor = self.out(self.attention(q_THD, k_TKD, v_TKD, step, kv))
-        return out
+        return onto(wanted_rows(residual, step), self.out, self.attention(q_THD, k_TKD, v_TKD, step, kv))
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
+    """One transformer layer. The addition that ends it is the last product's or the next norm's."""
 
     narrows = True
 
@@ -58,9 +70,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
-        x = self.attention(x, step, kv)
-        x, residual = self.moe_norm(Hidden(x, wanted_rows(residual, step)))
-        return Hidden(self.moe(x), residual)
+        x, residual = self.moe_norm(self.attention(x, residual, step, kv))
+        return onto(residual, self.moe, x)
 
 
 def create_head(model: ModelContext) -> LMHead:

@@ -22,6 +22,7 @@ from light_sdk.layers import (
     RopeParameters,
     Rotary,
     RotaryEmbedding,
+    onto,
     share_rotation,
     wanted_rows,
 )
@@ -101,18 +102,17 @@ class SelfAttention(nn.Module):
         self.attention = Attention(model, shape.num_heads, shape.num_kv_heads, shape.head_dim, window=window, rotary=rotary)
         self.out = Linear(model, q_size, shape.hidden_size, shape.out_bias)
 
-    def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, step: Step, kv: KVView) -> Hidden:
         q_THD, k_TKD, v_TKD = (part.view(len(x), -1, self.head_dim) for part in self.qkv.split(x))
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = self.q_norm(Hidden(q_THD)).x, self.k_norm(Hidden(k_TKD)).x
         if self.scales_queries:
             q_THD.mul_(step.shared[LOG_N])
-        out: torch.Tensor = self.out(self.attention(q_THD, k_TKD, v_TKD, step, kv))
-        return out
+        return onto(wanted_rows(residual, step), self.out, self.attention(q_THD, k_TKD, v_TKD, step, kv))
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
+    """One transformer layer. The addition that ends it is the last product's or the next norm's."""
 
     narrows = True
 
@@ -126,9 +126,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
-        x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
-        return Hidden(self.mlp(x), residual)
+        x, residual = self.mlp_norm(self.attention(x, residual, step, kv))
+        return onto(residual, self.mlp, x)
 
 
 def create_head(model: ModelContext) -> LMHead:

@@ -18,6 +18,7 @@ from light_sdk.layers import (
     RMSNorm,
     Rotary,
     RotaryEmbedding,
+    onto,
     wanted_rows,
 )
 
@@ -52,7 +53,7 @@ class SelfAttention(nn.Module):
         self.attention = Attention(model, shape.num_heads, shape.num_kv_heads, shape.head_dim, window=window, rotary=rotary)
         self.out = Linear(model, q_size, shape.hidden_size, shape.out_bias)
 
-    def forward(self, x: torch.Tensor, step: Step, kv: KVView) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None, step: Step, kv: KVView) -> Hidden:
         parts = self.qkv.split(x)
         q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts) if self.norm_by_head else parts
         if self.q_norm is not None and self.k_norm is not None:
@@ -60,8 +61,7 @@ class SelfAttention(nn.Module):
         if self.clip_qkv is not None:
             q, k, v = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (q, k, v))
         q_THD, k_TKD, v_TKD = (part.view(len(x), -1, self.head_dim) for part in (q, k, v))
-        out: torch.Tensor = self.out(self.attention(q_THD, k_TKD, v_TKD, step, kv))
-        return out
+        return onto(wanted_rows(residual, step), self.out, self.attention(q_THD, k_TKD, v_TKD, step, kv))
 
 
 def create_mlp(model: ModelContext, shape: QwenMoeShape, layer_id: int) -> GatedMLP | MoE:
@@ -75,7 +75,7 @@ def create_mlp(model: ModelContext, shape: QwenMoeShape, layer_id: int) -> Gated
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer. The addition that ends it is left to the next norm, which fuses it."""
+    """One transformer layer. The addition that ends it is the last product's or the next norm's."""
 
     narrows = True
 
@@ -89,9 +89,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x, residual = self.attention_norm(hidden)
-        x = self.attention(x, step, kv)
-        x, residual = self.mlp_norm(Hidden(x, wanted_rows(residual, step)))
-        return Hidden(self.mlp(x), residual)
+        x, residual = self.mlp_norm(self.attention(x, residual, step, kv))
+        return onto(residual, self.mlp, x)
 
 
 def create_head(model: ModelContext) -> LMHead:

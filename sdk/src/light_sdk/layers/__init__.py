@@ -11,6 +11,7 @@ dtype, and every op is selected in the constructor (`ModelContext.ops`). The cal
     vision.py     patches and layers of vision transformers
     latent_attention.py  attention over latents (DeepSeek's multi-head latent attention)
     experts.py    router and experts of sparse models
+    residual.py   a block's result, added to the residual by the block itself or by the next norm
     wanted.py     what goes on behind the last layer's attention
     block_fp8.py  products and feed-forward blocks with float8 weights, where checkpoint and machine have them
 """
@@ -30,6 +31,7 @@ from light_sdk.layers.linear import Embedding, Linear, LMHead, MergedLinear
 from light_sdk.layers.media import MediaPreLayer, ModuleWrapper
 from light_sdk.layers.mlp import MLP, GatedMLP
 from light_sdk.layers.norm import LayerNorm, RMSNorm
+from light_sdk.layers.residual import onto
 from light_sdk.layers.rope import ROPE_TYPES, RopeParameters
 from light_sdk.layers.rotary import Rotary, RotaryEmbedding, share_rotation
 from light_sdk.layers.vision import PatchEmbedding, VisionAttention, VisionLayer, attend_runs
@@ -68,6 +70,7 @@ __all__ = [
     "create_gated_mlp",
     "create_linear",
     "latent_plane",
+    "onto",
     "share_rotation",
     "wanted_rows",
 ]

@@ -110,13 +110,11 @@ class BlockFP8GatedMLP(GatedMLP):
         self.down: Linear = BlockFP8Linear(model, intermediate_size, (hidden_size,))
         self._act_and_mul = model.ops.select("act_and_mul", activation=self.activation, intermediate_size=intermediate_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `GatedMLP.forward`."""
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
         both = self.gate_up(x)
-        inner = both.new_empty(both.shape[0], both.shape[1] // 2)
+        inner: torch.Tensor = both.new_empty(both.shape[0], both.shape[1] // 2)
         self._act_and_mul(inner, both, self.activation)
-        out: torch.Tensor = self.down(inner)
-        return out
+        return inner
 
 
 class BlockFP8Experts(Experts):

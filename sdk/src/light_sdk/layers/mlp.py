@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from light_core.types import ModelContext
+from light_core.types import Hidden, ModelContext
 from light_sdk.layers.linear import Linear, MergedLinear
+from light_sdk.layers.residual import onto
 from light_sdk.ops.activation.reference import canonical_name
 
 __all__ = ["MLP", "GatedMLP"]
@@ -34,8 +35,17 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, E]` to a new `[T, E]`."""
-        out: torch.Tensor = self.down(self._gated_linear(x, self.gate_up.weight, self.gate_up.bias, self.activation))
+        out: torch.Tensor = self.down(self._inner(x))
         return out
+
+    def onto(self, residual: torch.Tensor, x: torch.Tensor) -> Hidden:
+        """As `light_sdk.layers.onto`, which calls it."""
+        return onto(residual, self.down, self._inner(x))
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        """What goes into the last product, `[T, intermediate_size]`."""
+        inner: torch.Tensor = self._gated_linear(x, self.gate_up.weight, self.gate_up.bias, self.activation)
+        return inner
 
 
 class MLP(nn.Module):
@@ -59,7 +69,15 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, hidden_size]` to a new `[T, output_size]`."""
-        inner = self.up(x)
-        self._activation(inner, inner, self.activation)
-        out: torch.Tensor = self.down(inner)
+        out: torch.Tensor = self.down(self._inner(x))
         return out
+
+    def onto(self, residual: torch.Tensor, x: torch.Tensor) -> Hidden:
+        """As `light_sdk.layers.onto`, which calls it."""
+        return onto(residual, self.down, self._inner(x))
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        """What goes into the last product, `[T, intermediate_size]`."""
+        inner: torch.Tensor = self.up(x)
+        self._activation(inner, inner, self.activation)
+        return inner

@@ -1,8 +1,10 @@
-"""`linear` on Hopper: up to 128 tokens by the kernels of `small.py` where they are faster, more by torch's product."""
+"""`linear` on Hopper: up to 128 tokens by the kernels of `small.py` where they are faster, more by torch's product, which of many
+tokens adds to the residual (`onto.py`)."""
 
 import torch
 import torch.nn.functional as F
 
+from light_sdk.ops.linear.onto import onto
 from light_sdk.ops.linear.small import MAX_TOKENS, has_tiles, row_linear, tile_linear
 from light_sdk.ops.linear.tuning import row_config, tile_config
 from light_sdk.ops.tuning import num_processors
@@ -14,6 +16,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """As the reference."""
     out = small_linear(x, weight, bias, None)
     return F.linear(x, weight, bias) if out is None else out
+
+
+linear.onto = onto  # type: ignore[attr-defined]
 
 
 def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor | None:

@@ -9,6 +9,9 @@ __all__ = ["linear"]
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias`, accumulated in float32.
 
+    An implementation may have two attributes: `pack` lays a weight out for it (`cpu.py`), `onto` adds the product to a residual
+    where that is faster than leaving it to a norm (`onto.py`).
+
     Args:
         x: `[..., in_features]`.
         weight: `[out_features, in_features]`, same dtype.
