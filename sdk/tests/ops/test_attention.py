@@ -224,6 +224,19 @@ def test_parts_are_joined_head_by_head_or_several_at_once(heads, window, device,
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
 
 
+def test_layers_of_a_step_may_differ(device, make_batch, tolerances) -> None:
+    """What they share goes by everything that they may differ in."""
+    from light_sdk.ops.attention.kernel import attention
+
+    batch = make_batch([200, 65, 1], [(9, 4)], GQA, device=device)
+    slopes, expected = alibi_slopes(GQA[0]).to(device), torch.empty_like(batch.out)
+    for window, has_slopes in [(None, False), (None, True), (20, False), (20, True)] * 2:
+        layer = 0.3, window, slopes if has_slopes else None
+        reference.attention(expected, *batch.arguments[1:], *layer)
+        attention(*batch.arguments, *layer)
+        torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+
+
 @pytest.mark.parametrize("num_decodes", [1, 3, 100])
 @pytest.mark.parametrize("window", [None, 70])
 def test_plan_covers_every_key_once(num_decodes, window, device, make_batch) -> None:

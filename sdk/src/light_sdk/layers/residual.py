@@ -33,10 +33,11 @@ def onto(residual: torch.Tensor | None, module: nn.Module, *arguments: Any) -> H
 
 def _adds(module: nn.Module) -> bool:
     """Whether `module` has an `onto` that is about the `forward` it has."""
-    return _has_onto(type(module)) and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    kind: Any = type(module)
+    return _has_onto(kind) and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 @functools.cache
-def _has_onto(kind: type[nn.Module]) -> bool:
+def _has_onto(kind: Any) -> bool:
     """Whether the class that defines `forward`, or one derived from it, defines `onto`."""
     return "onto" in next(vars(base) for base in kind.__mro__ if "forward" in vars(base) or "onto" in vars(base))

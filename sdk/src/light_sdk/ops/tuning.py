@@ -1,4 +1,4 @@
-"""What ops that are tuned for GPUs share: launch parameters from data files, and how many processors a GPU has.
+"""What ops that are tuned for GPUs share: launch parameters from data files, and what launches are computed from.
 
 An op keeps its parameters in files of its package, `configs/<GPU name with dashes>.json`, each read once; what a GPU's own
 file lacks comes from `default.json`. What the files say is the op's own affair.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["device_name", "num_processors", "read_configs", "tuned_parameters"]
+__all__ = ["device_name", "next_power_of_2", "num_processors", "read_configs", "tuned_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,12 @@ def device_name(device: torch.device) -> str:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 1 elsewhere (the interpreter runs programs one by one)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below `n`, from 1. Triton's function of this name takes the host more than a
+    microsecond, a tenth of a launch."""
+    return 1 << (n - 1).bit_length()
 
 
 @functools.cache

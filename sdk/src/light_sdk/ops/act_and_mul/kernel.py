@@ -7,6 +7,7 @@ import triton.language as tl
 from light_sdk.ops.activation.kernel import apply_activation
 from light_sdk.ops.activation.reference import canonical_name
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["act_and_mul"]
 
@@ -41,13 +42,14 @@ def act_and_mul(out_TI: torch.Tensor, x_T2I: torch.Tensor, activation: str) -> N
     num_tokens, size = out_TI.shape
     if num_tokens == 0:
         return
-    assert out_TI.stride(-1) == x_T2I.stride(-1) == 1
-    block = min(triton.next_power_of_2(size), MAX_BLOCK)
-    _act_and_mul_kernel[(num_tokens, triton.cdiv(size, block))](
+    (out_stride_t, out_stride_i), (x_stride_t, x_stride_i) = out_TI.stride(), x_T2I.stride()
+    assert out_stride_i == x_stride_i == 1
+    block = min(next_power_of_2(size), MAX_BLOCK)
+    _act_and_mul_kernel[(num_tokens, -(-size // block))](
         out_TI,
         x_T2I,
-        out_TI.stride(0),
-        x_T2I.stride(0),
+        out_stride_t,
+        x_stride_t,
         SIZE=size,
         NAME=name,
         BLOCK=block,

@@ -16,6 +16,7 @@ Sources: Dao et al. 2023, "Flash-Decoding for long-context inference"; token-ind
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -25,11 +26,11 @@ from light_core.types import Step
 from light_sdk.ops.attention.prefix import PrefixTiling, prefix_attention, prefix_tiling
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, prefix_config
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.tuning import num_processors
+from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["decode_attention"]
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_SHARED = "light_sdk.attention.decode"
 MAX_GROUP_TILE = 64
 MIN_BLOCK_B = 256  # small batches plan with one kernel, compiled when graphs are captured
 MAX_COMBINING = 4096
@@ -71,6 +72,25 @@ class _Plan:
     counts: torch.Tensor
     partial: torch.Tensor
     lse: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What layers of one shape share in a step.
+
+    Attributes:
+        plan: made by the first of them.
+        tiling: of shared prefixes; None where they are not made use of.
+        grid, constants: of the decode kernel.
+        combine_grid, combine_constants: of the one that joins parts; no grid where no request is split.
+    """
+
+    plan: _Plan
+    tiling: PrefixTiling | None
+    grid: tuple[int, int]
+    constants: dict[str, Any]
+    combine_grid: tuple[int, int] | None
+    combine_constants: dict[str, Any]
 
 
 @triton.jit
@@ -237,9 +257,10 @@ def _decode_kernel(
     query_position = tl.load(seq_lens_ptr + request) - 1
     slots_ptr = slot_table_ptr + tl.load(rows_ptr + request).to(tl.int64) * slot_table_stride
 
+    log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
     q = tl.load(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h + d[None, :], mask=q_mask, other=0.0)
     if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=head_mask, other=0.0) * LOG2_E
+        slopes = tl.load(slopes_ptr + heads, mask=head_mask, other=0.0) * log2_e
     highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -250,7 +271,7 @@ def _decode_kernel(
         # Masked rows are zeros, never what an unassigned slot holds: 0 * NaN would reach the sum.
         k_rows = k_ptr + slots[None, :] * k_stride_s + kv_head * k_stride_h + d[:, None]
         k = tl.load(k_rows, mask=n_mask[None, :] & d_mask[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
+        scores = tl.dot(q, k, input_precision="ieee") * (scale * log2_e)
         if HAS_ALIBI:
             scores += slopes[:, None] * (n - query_position).to(tl.float32)[None, :]
         scores = tl.where(n_mask[None, :], scores, float("-inf"))
@@ -344,16 +365,13 @@ def decode_attention(
     `prefixes` are the launch parameters for shared prefixes, those of the GPU if None. The first call of a step adds
     its plan to `step.shared`. Never synchronises.
     """
-    num_heads, head_dim = q_THD.shape[1:]
-    num_kv_heads = k_cache_SKD.shape[1]
-    group = num_heads // num_kv_heads
-    block_g = max(16, min(triton.next_power_of_2(group), MAX_GROUP_TILE))
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    programs_per_item = num_kv_heads * triton.cdiv(group, block_g)
-    tiling = None
-    if step.shared_prefixes is not None and window is None and alibi_slopes is None:
-        tiling = prefix_tiling(step, num_heads, num_kv_heads, prefixes or prefix_config(q_THD))
-    plan = _plan(step, q_THD, window, programs_per_item, config, tiling)
+    (_, num_heads, head_dim), num_kv_heads = q_THD.shape, k_cache_SKD.shape[1]
+    launches: dict[tuple[object, ...], _Launch] = step.shared.setdefault(_SHARED, {})
+    key = num_heads, num_kv_heads, head_dim, window, alibi_slopes is None, config, prefixes
+    launch = launches.get(key)
+    if launch is None:
+        launch = launches[key] = _create_launch(step, q_THD, num_kv_heads, window, alibi_slopes is not None, config, prefixes)
+    plan, tiling = launch.plan, launch.tiling
     if tiling is not None:
         prefix_attention(
             plan.partial,
@@ -368,73 +386,84 @@ def decode_attention(
             plan.counts[1:],
             tiling,
         )
-    _decode_kernel[(plan.items.shape[1], programs_per_item)](
+    out_strides = out_THD.stride()[:2]
+    _decode_kernel[launch.grid](
         out_THD,
         plan.partial,
         plan.lse,
         q_THD,
         k_cache_SKD,
         v_cache_SKD,
-        plan.lse if alibi_slopes is None else alibi_slopes,
+        alibi_slopes,
         plan.counts,
         plan.items,
         step.seq_lens,
         step.rows,
         step.slot_table,
-        plan.items.stride(0),
-        out_THD.stride(0),
-        out_THD.stride(1),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        k_cache_SKD.stride(0),
-        k_cache_SKD.stride(1),
-        v_cache_SKD.stride(0),
-        v_cache_SKD.stride(1),
+        plan.items.shape[1],
+        *out_strides,
+        *q_THD.stride()[:2],
+        *k_cache_SKD.stride()[:2],
+        *v_cache_SKD.stride()[:2],
         step.slot_table.stride(0),
         scale,
-        NUM_HEADS=num_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HAS_ALIBI=alibi_slopes is not None,
-        BLOCK_G=block_g,
-        BLOCK_N=config.block_n,
-        BLOCK_D=block_d,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **dependent(q_THD.device),
+        **launch.constants,
     )
-    if len(plan.partial) == 1:
+    if launch.combine_grid is None:
         return
-    combine = COMBINE_FEW if step.num_decodes * num_heads <= MAX_COMBINING else COMBINE_MANY
-    _combine_kernel[(step.num_decodes, triton.cdiv(num_heads, combine.block_h))](
+    _combine_kernel[launch.combine_grid](
         out_THD,
         plan.partial,
         plan.lse,
         plan.first_parts,
-        plan.first_parts if tiling is None else step.shared_prefixes,
-        out_THD.stride(0),
-        out_THD.stride(1),
-        HAS_SHARED=tiling is not None,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=combine.block_h,
-        BLOCK_PARTS=combine.block_parts,
-        BLOCK_D=block_d,
-        num_warps=combine.num_warps,
-        **dependent(q_THD.device),
+        None if tiling is None else step.shared_prefixes,
+        *out_strides,
+        **launch.combine_constants,
     )
 
 
-def _plan(
-    step: Step, q_THD: torch.Tensor, window: int | None, programs_per_item: int, config: DecodeConfig, tiling: PrefixTiling | None
-) -> _Plan:
-    """The plan of this step for layers of these shapes, made by the first of them."""
+def _create_launch(
+    step: Step,
+    q_THD: torch.Tensor,
+    num_kv_heads: int,
+    window: int | None,
+    has_alibi: bool,
+    config: DecodeConfig,
+    prefixes: PrefixConfig | None,
+) -> _Launch:
+    """Plans the step for layers of these shapes."""
     num_heads, head_dim = q_THD.shape[1:]
-    key = f"light_sdk.attention.decode {num_heads} {head_dim} {programs_per_item} {window} {config} {tiling}"
-    if key not in step.shared:
-        step.shared[key] = _create_plan(step, q_THD, window, programs_per_item, config, tiling)
-    plan: _Plan = step.shared[key]
-    return plan
+    group = num_heads // num_kv_heads
+    block_g = max(16, min(next_power_of_2(group), MAX_GROUP_TILE))
+    programs_per_item = num_kv_heads * -(-group // block_g)
+    tiling = None
+    if step.shared_prefixes is not None and window is None and not has_alibi:
+        tiling = prefix_tiling(step, num_heads, num_kv_heads, prefixes or prefix_config(q_THD))
+    plan = _create_plan(step, q_THD, window, programs_per_item, config, tiling)
+    combine = COMBINE_FEW if step.num_decodes * num_heads <= MAX_COMBINING else COMBINE_MANY
+    sizes = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_D": max(16, next_power_of_2(head_dim)), **dependent(q_THD.device)}
+    return _Launch(
+        plan=plan,
+        tiling=tiling,
+        grid=(plan.items.shape[1], programs_per_item),
+        constants={
+            **sizes,
+            "GROUP": group,
+            "HAS_ALIBI": has_alibi,
+            "BLOCK_G": block_g,
+            "BLOCK_N": config.block_n,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+        combine_grid=(step.num_decodes, -(-num_heads // combine.block_h)) if len(plan.partial) > 1 else None,
+        combine_constants={
+            **sizes,
+            "HAS_SHARED": tiling is not None,
+            "BLOCK_H": combine.block_h,
+            "BLOCK_PARTS": combine.block_parts,
+            "num_warps": combine.num_warps,
+        },
+    )
 
 
 def _create_plan(
@@ -442,9 +471,9 @@ def _create_plan(
 ) -> _Plan:
     (num_heads, head_dim), device, num_decodes = q_THD.shape[1:], q_THD.device, step.num_decodes
     visible = step.max_seq_len if window is None else min(step.max_seq_len, window)
-    may_split = triton.cdiv(visible, config.block_n) > config.min_blocks
+    may_split = -(-visible // config.block_n) > config.min_blocks
     # A request rounds up to whole items, so there are at most `budget` of them beside one for each request.
-    most = max(1, triton.cdiv(config.waves * num_processors(device), programs_per_item))
+    most = max(1, -(-config.waves * num_processors(device) // programs_per_item))
     budget = most if may_split else 1
     max_items = num_decodes + budget if may_split else num_decodes
     max_tiles, max_parts = 0, max_items if may_split else 1
@@ -473,7 +502,7 @@ def _create_plan(
         shared.stride(0),
         num_decodes,
         budget,
-        config.min_blocks if may_split else triton.cdiv(visible, config.block_n),
+        config.min_blocks if may_split else -(-visible // config.block_n),
         1 if tiling is None else tiling.budget,
         1 if tiling is None else tiling.config.min_blocks,
         window or 0,
@@ -482,9 +511,9 @@ def _create_plan(
         TILE_REQUESTS=1 if tiling is None else tiling.tile_requests,
         BLOCK_N=config.block_n,
         PREFIX_BLOCK_N=1 if tiling is None else tiling.config.block_n,
-        BLOCK_B=max(MIN_BLOCK_B, triton.next_power_of_2(num_decodes)),
-        BLOCK_ITEMS=triton.next_power_of_2(most),
-        BLOCK_TILES=1 if tiling is None else triton.next_power_of_2(tiling.budget),
+        BLOCK_B=max(MIN_BLOCK_B, next_power_of_2(num_decodes)),
+        BLOCK_ITEMS=next_power_of_2(most),
+        BLOCK_TILES=1 if tiling is None else next_power_of_2(tiling.budget),
         num_warps=4,
         **dependent(device),
     )

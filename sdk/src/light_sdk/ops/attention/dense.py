@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["BUCKET", "Attend", "cudnn_attention", "dense_attention", "is_worthwhile", "merge", "prompts_attention"]
 
@@ -190,7 +191,7 @@ def merge(out_THD: torch.Tensor, a_THD: torch.Tensor, a_lse_TH: torch.Tensor, b_
     num_tokens, num_heads, head_dim = out_THD.shape
     assert out_THD.stride(-1) == a_THD.stride(-1) == b_THD.stride(-1) == 1
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=out_THD.device)
-    block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    block_h, block_d = next_power_of_2(num_heads), next_power_of_2(head_dim)
     _merge_kernel[(num_tokens,)](
         out_THD,
         lse,
@@ -198,16 +199,11 @@ def merge(out_THD: torch.Tensor, a_THD: torch.Tensor, a_lse_TH: torch.Tensor, b_
         a_lse_TH,
         b_THD,
         b_lse_TH,
-        out_THD.stride(0),
-        out_THD.stride(1),
-        a_THD.stride(0),
-        a_THD.stride(1),
-        a_lse_TH.stride(0),
-        a_lse_TH.stride(1),
-        b_THD.stride(0),
-        b_THD.stride(1),
-        b_lse_TH.stride(0),
-        b_lse_TH.stride(1),
+        *out_THD.stride()[:2],
+        *a_THD.stride()[:2],
+        *a_lse_TH.stride(),
+        *b_THD.stride()[:2],
+        *b_lse_TH.stride(),
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         BLOCK_H=block_h,

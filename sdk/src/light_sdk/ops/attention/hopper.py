@@ -53,17 +53,18 @@ def attention(
         decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, decode_config(q_THD))
     is_new_dense = k_TKD is not None and v_TKD is not None
     for run in _runs(step, is_new_dense):
+        if run.kind == "short":
+            config = prefill_config(q_THD)
+            prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end)
+            continue
         tokens = slice(run.begin, run.stop)
         k, v = (k_TKD[tokens], v_TKD[tokens]) if k_TKD is not None and v_TKD is not None else (None, None)
         if run.kind == "prompts":
             assert k is not None and v is not None
             prompts_attention(out_THD[tokens], q_THD[tokens], k, v, run.end - run.first, scale)
-        elif run.kind == "chunk":
+        else:
             slots = _slots(step, run.first, run.seq_len)
             dense_attention(out_THD[tokens], q_THD[tokens], k_cache_SKD, v_cache_SKD, slots, scale, k, v)
-        else:
-            config = prefill_config(q_THD)
-            prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end)
 
 
 def _runs(step: Step, is_new_dense: bool) -> list[_Run]:

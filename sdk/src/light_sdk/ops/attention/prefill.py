@@ -14,10 +14,9 @@ import triton.language as tl
 
 from light_core.types import Step
 from light_sdk.ops.attention.tuning import PrefillConfig
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["prefill_attention"]
-
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -46,6 +45,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
     """Online softmax over the keys begin … end - 1, in blocks; MASKED where some row does not see some key."""
+    log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -60,7 +60,7 @@ def _attend(
             k = tl.load(k_rows)
         else:
             k = tl.load(k_rows, mask=(d < HEAD_DIM)[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
+        scores = tl.dot(q, k, input_precision="ieee") * (scale * log2_e)
         if HAS_ALIBI:
             scores += slopes[:, None] * (n[None, :] - positions[:, None]).to(tl.float32)
         if MASKED:
@@ -140,9 +140,10 @@ def _prefill_kernel(
     d = tl.arange(0, BLOCK_D)
     mask = row_mask[:, None] & (d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + tokens[:, None] * q_stride_t + heads[:, None] * q_stride_h + d[None, :], mask=mask, other=0.0)
+    log2_e: tl.constexpr = 1.4426950408889634
     slopes = tl.zeros([BLOCK_M], tl.float32)
     if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_mask, other=0.0) * LOG2_E
+        slopes = tl.load(slopes_ptr + heads, mask=row_mask, other=0.0) * log2_e
     first_position = seq_len - query_len + first_token
     last_position = tl.minimum(first_position + tile_tokens, seq_len) - 1
     positions = first_position + in_tile
@@ -196,30 +197,25 @@ def prefill_attention(
     Never synchronises.
     """
     first, end = step.num_decodes if first is None else first, step.num_seqs if end is None else end
-    num_heads, head_dim = q_THD.shape[1:]
-    num_kv_heads = k_cache_SKD.shape[1]
+    (_, num_heads, head_dim), num_kv_heads = q_THD.shape, k_cache_SKD.shape[1]
     group = num_heads // num_kv_heads
     group_tile = min(group, config.block_m)
-    num_tiles = triton.cdiv(step.max_query_len, config.block_m // group_tile)
-    grid = (num_tiles, num_kv_heads * triton.cdiv(group, group_tile), end - first)
+    num_tiles = -(-step.max_query_len // (config.block_m // group_tile))
+    grid = (num_tiles, num_kv_heads * -(-group // group_tile), end - first)
     _prefill_kernel[grid](
         out_THD,
         q_THD,
         k_cache_SKD,
         v_cache_SKD,
-        q_THD if alibi_slopes is None else alibi_slopes,
+        alibi_slopes,
         step.cu_seqlens_q,
         step.seq_lens,
         step.rows,
         step.slot_table,
-        out_THD.stride(0),
-        out_THD.stride(1),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        k_cache_SKD.stride(0),
-        k_cache_SKD.stride(1),
-        v_cache_SKD.stride(0),
-        v_cache_SKD.stride(1),
+        *out_THD.stride()[:2],
+        *q_THD.stride()[:2],
+        *k_cache_SKD.stride()[:2],
+        *v_cache_SKD.stride()[:2],
         step.slot_table.stride(0),
         first,
         scale,
@@ -231,7 +227,7 @@ def prefill_attention(
         HAS_ALIBI=alibi_slopes is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -18,11 +18,10 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.attention.tuning import PrefixConfig
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.tuning import num_processors
+from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["PrefixTiling", "prefix_attention", "prefix_tiling"]
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SMALL_TILE = 32
 """Rows of a tile where a whole step has no more; between this and `block_m` another kernel would not pay for itself."""
 
@@ -143,6 +142,7 @@ def _prefix_kernel(
     release(DEPENDENT)
     wait(DEPENDENT)
     num_kv_heads: tl.constexpr = NUM_HEADS // GROUP
+    log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
     row = tl.arange(0, BLOCK_M)
     in_tile, in_group = row // GROUP, row % GROUP
     d = tl.arange(0, BLOCK_D)
@@ -169,11 +169,11 @@ def _prefix_kernel(
         k_head, v_head = k_ptr + kv_head * k_stride_h, v_ptr + kv_head * v_stride_h
         whole = begin + (end - begin) // BLOCK_N * BLOCK_N
         acc, total, highest = _attend(
-            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, begin, whole, scale * LOG2_E,
+            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, begin, whole, scale * log2_e,
             False, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         acc, total, highest = _attend(
-            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, whole, end, scale * LOG2_E,
+            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, whole, end, scale * log2_e,
             True, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         parts = tl.load(first_parts_ptr + place, mask=row_mask, other=0) + split
@@ -225,12 +225,9 @@ def prefix_attention(
         step.slot_table,
         tiles.stride(0),
         step.shared_prefixes.stride(0),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        k_cache_SKD.stride(0),
-        k_cache_SKD.stride(1),
-        v_cache_SKD.stride(0),
-        v_cache_SKD.stride(1),
+        *q_THD.stride()[:2],
+        *k_cache_SKD.stride()[:2],
+        *v_cache_SKD.stride()[:2],
         step.slot_table.stride(0),
         step.num_decodes,
         scale,
@@ -239,7 +236,7 @@ def prefix_attention(
         HEAD_DIM=head_dim,
         BLOCK_M=tiling.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **dependent(q_THD.device),

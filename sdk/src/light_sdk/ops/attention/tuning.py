@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from light_sdk.ops.tuning import device_name, tuned_parameters
+from light_sdk.ops.tuning import device_name, next_power_of_2, tuned_parameters
 
 __all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config"]
 
@@ -78,38 +78,34 @@ class PrefixConfig:
 
 def decode_config(q: torch.Tensor) -> DecodeConfig:
     """Parameters for queries like `q` (`[..., D]`) on its device."""
-    return _decode_config(device_name(q.device), _head_bytes(q))
+    return _decode_config(q.device, q.shape[-1], q.element_size())
 
 
 def prefill_config(q: torch.Tensor) -> PrefillConfig:
     """As `decode_config`, for prefill."""
-    return _prefill_config(device_name(q.device), _head_bytes(q))
+    return _prefill_config(q.device, q.shape[-1], q.element_size())
 
 
 def prefix_config(q: torch.Tensor) -> PrefixConfig:
     """As `decode_config`, for shared prefixes of decodes."""
-    return _prefix_config(device_name(q.device), _head_bytes(q))
-
-
-def _head_bytes(q: torch.Tensor) -> int:
-    padded = 1 << (q.shape[-1] - 1).bit_length()
-    return min(max(padded * q.element_size(), SMALLEST), LARGEST)
+    return _prefix_config(q.device, q.shape[-1], q.element_size())
 
 
 @functools.cache
-def _decode_config(name: str, head_bytes: int) -> DecodeConfig:
-    return DecodeConfig(**_parameters(name, "decode", head_bytes))
+def _decode_config(device: torch.device, head_dim: int, element_size: int) -> DecodeConfig:
+    return DecodeConfig(**_parameters(device, "decode", head_dim, element_size))
 
 
 @functools.cache
-def _prefill_config(name: str, head_bytes: int) -> PrefillConfig:
-    return PrefillConfig(**_parameters(name, "prefill", head_bytes))
+def _prefill_config(device: torch.device, head_dim: int, element_size: int) -> PrefillConfig:
+    return PrefillConfig(**_parameters(device, "prefill", head_dim, element_size))
 
 
 @functools.cache
-def _prefix_config(name: str, head_bytes: int) -> PrefixConfig:
-    return PrefixConfig(**_parameters(name, "prefix", head_bytes))
+def _prefix_config(device: torch.device, head_dim: int, element_size: int) -> PrefixConfig:
+    return PrefixConfig(**_parameters(device, "prefix", head_dim, element_size))
 
 
-def _parameters(name: str, kind: str, head_bytes: int) -> dict[str, int]:
-    return tuned_parameters(PACKAGE, name, (kind, str(head_bytes)), f"attention {kind}, {head_bytes} bytes a head")
+def _parameters(device: torch.device, kind: str, head_dim: int, element_size: int) -> dict[str, int]:
+    head_bytes = min(max(next_power_of_2(head_dim) * element_size, SMALLEST), LARGEST)
+    return tuned_parameters(PACKAGE, device_name(device), (kind, str(head_bytes)), f"attention {kind}, {head_bytes} bytes a head")

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.heads import HeadBlocks, multiply_block
+from light_sdk.ops.tuning import next_power_of_2
 from light_sdk.ops.write_latent.kernel import load_pairs, normalize_rows, store_turned
 
 __all__ = ["absorb_queries"]
@@ -123,7 +124,7 @@ def absorb_queries(
     tensors = (out_THL, q_THD, kv_TC, cos_sin_TR, latent_cache_SC, w_uk_HPL, weight_L)
     assert all(tensor.stride(-1) == 1 for tensor in tensors)
     blocks = HeadBlocks.fit(num_tokens, num_heads, rank, key_dim, False)
-    _absorb_kernel[(triton.cdiv(rank, blocks.n) + 1, num_heads, triton.cdiv(num_tokens, blocks.t))](
+    _absorb_kernel[(-(-rank // blocks.n) + 1, num_heads, -(-num_tokens // blocks.t))](
         out_THL,
         q_THD,
         kv_TC,
@@ -133,23 +134,20 @@ def absorb_queries(
         slots_T,
         w_uk_HPL,
         num_tokens,
-        out_THL.stride(0),
-        out_THL.stride(1),
-        q_THD.stride(0),
-        q_THD.stride(1),
+        *out_THL.stride()[:2],
+        *q_THD.stride()[:2],
         kv_TC.stride(0),
         cos_sin_TR.stride(0),
         latent_cache_SC.stride(0),
-        w_uk_HPL.stride(0),
-        w_uk_HPL.stride(1),
+        *w_uk_HPL.stride()[:2],
         eps,
         RANK=rank,
         KEY_DIM=key_dim,
         HALF=half,
         INTERLEAVED=interleaved,
-        BLOCK_L=triton.next_power_of_2(rank),
-        BLOCK_HALF=triton.next_power_of_2(half),
-        SHARE=min(MAX_SHARE, triton.next_power_of_2(triton.cdiv(blocks.t, num_heads))),
+        BLOCK_L=next_power_of_2(rank),
+        BLOCK_HALF=next_power_of_2(half),
+        SHARE=min(MAX_SHARE, next_power_of_2(-(-blocks.t // num_heads))),
         BLOCK_T=blocks.t,
         BLOCK_N=blocks.n,
         BLOCK_K=blocks.k,

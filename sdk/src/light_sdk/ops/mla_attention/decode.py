@@ -21,10 +21,10 @@ from light_sdk.ops.mla_attention.heads import multiply_heads
 from light_sdk.ops.mla_attention.plan import plan_decodes, prefix_tiling
 from light_sdk.ops.mla_attention.prefix import attend_prefixes
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig, prefix_config
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["attend_latents", "decode_attention"]
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 FEW_DECODES = 16
 COMBINED_OF_FEW, COMBINED_OF_MANY = (64, 64), (16, 512)
 """Parts and columns that a program joins at a time: of up to `FEW_DECODES` requests, each of which may have hundreds of parts,
@@ -86,6 +86,7 @@ def _decode_kernel(
     q = tl.load(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h + columns[None, :], mask=out_mask, other=0.0)
     q_rope_rows = q_rope_ptr + token * q_rope_stride_t + heads[:, None] * q_rope_stride_h + turning[None, :]
     q_rope = tl.load(q_rope_rows, mask=head_mask[:, None] & turning_mask[None, :], other=0.0)
+    log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_L], tl.float32)
@@ -98,7 +99,7 @@ def _decode_kernel(
         latent = tl.load(rows + columns[None, :], mask=n_mask[:, None] & column_mask[None, :], other=0.0)
         rope = tl.load(rows + RANK + turning[None, :], mask=n_mask[:, None] & turning_mask[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(latent), input_precision="ieee")
-        scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision="ieee") * (scale * LOG2_E)
+        scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision="ieee") * (scale * log2_e)
         scores = tl.where(n_mask[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         decay = tl.exp2(highest - new_highest)
@@ -220,7 +221,7 @@ def attend_latents(
     plan = plan_decodes(step, num_heads, rank, config, tiling)
     if tiling is not None:
         attend_prefixes(plan, q_THL, q_rope_THR, latent_cache_SC, step, scale, tiling)
-    _decode_kernel[(triton.cdiv(num_heads, config.block_h), plan.items.shape[1])](
+    _decode_kernel[(-(-num_heads // config.block_h), plan.items.shape[1])](
         out_THL,
         plan.partial,
         plan.lse,
@@ -231,12 +232,9 @@ def attend_latents(
         plan.items,
         step.slot_table,
         plan.items.stride(0),
-        out_THL.stride(0),
-        out_THL.stride(1),
-        q_THL.stride(0),
-        q_THL.stride(1),
-        q_rope_THR.stride(0),
-        q_rope_THR.stride(1),
+        *out_THL.stride()[:2],
+        *q_THL.stride()[:2],
+        *q_rope_THR.stride()[:2],
         latent_cache_SC.stride(0),
         step.slot_table.stride(0),
         scale,
@@ -245,8 +243,8 @@ def attend_latents(
         ROTARY=rotary_dim,
         BLOCK_H=config.block_h,
         BLOCK_N=config.block_n,
-        BLOCK_L=max(16, triton.next_power_of_2(rank)),
-        BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
+        BLOCK_L=max(16, next_power_of_2(rank)),
+        BLOCK_R=max(16, next_power_of_2(rotary_dim)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **dependent(q_THL.device),
@@ -254,15 +252,14 @@ def attend_latents(
     if not plan.may_split:
         return
     block_parts, columns = COMBINED_OF_FEW if step.num_decodes <= FEW_DECODES else COMBINED_OF_MANY
-    block_l = min(triton.next_power_of_2(rank), columns)
-    _combine_kernel[(step.num_decodes, num_heads, triton.cdiv(rank, block_l))](
+    block_l = min(next_power_of_2(rank), columns)
+    _combine_kernel[(step.num_decodes, num_heads, -(-rank // block_l))](
         out_THL,
         plan.partial,
         plan.lse,
         plan.first_parts,
-        plan.first_parts if step.shared_prefixes is None or tiling is None else step.shared_prefixes,
-        out_THL.stride(0),
-        out_THL.stride(1),
+        None if tiling is None else step.shared_prefixes,
+        *out_THL.stride()[:2],
         HAS_SHARED=tiling is not None,
         NUM_HEADS=num_heads,
         RANK=rank,

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from light_sdk.ops.attention.dense import BUCKET, Attend, cudnn_attention, merge
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["BUCKET", "dense_attention", "is_worthwhile", "prompts_attention"]
 
@@ -154,20 +155,19 @@ def _join_keys(key_NHP: torch.Tensor, rope_NR: torch.Tensor) -> torch.Tensor:
     """A new `[N, H, P + R]`: each head's keys and behind them the rotary keys, which all heads share. Rows are dense."""
     (num_tokens, num_heads, key_dim), rotary_dim = key_NHP.shape, rope_NR.shape[1]
     out_NHD = key_NHP.new_empty((num_tokens, num_heads, key_dim + rotary_dim))
-    _join_keys_kernel[(num_heads, triton.cdiv(num_tokens, BLOCK_T))](
+    _join_keys_kernel[(num_heads, -(-num_tokens // BLOCK_T))](
         out_NHD,
         key_NHP,
         rope_NR,
         num_tokens,
-        key_NHP.stride(0),
-        key_NHP.stride(1),
+        *key_NHP.stride()[:2],
         rope_NR.stride(0),
         NUM_HEADS=num_heads,
         KEY_DIM=key_dim,
         ROTARY=rotary_dim,
         BLOCK_T=BLOCK_T,
-        BLOCK_P=triton.next_power_of_2(key_dim),
-        BLOCK_R=triton.next_power_of_2(rotary_dim),
+        BLOCK_P=next_power_of_2(key_dim),
+        BLOCK_R=next_power_of_2(rotary_dim),
         num_warps=4,
         **dependent(key_NHP.device),
     )

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, prefetch, release, wait
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["MAX_TOKENS", "HeadBlocks", "multiply_block", "multiply_heads"]
 
@@ -49,10 +50,10 @@ class HeadBlocks:
     def fit(cls, num_tokens: int, num_heads: int, n: int, k: int, rows_are_outputs: bool) -> "HeadBlocks":
         """The blocks for `num_heads` products of `[num_tokens, k]` with `[k, n]`; lines of the weight run along `k` where
         `rows_are_outputs`, else along `n`."""
-        block_t = min(max(16, triton.next_power_of_2(num_tokens)), MOST_TOKENS) if num_tokens > 1 else 1
-        tiles = num_heads * triton.cdiv(num_tokens, block_t)
-        block_n = min(max(16, triton.next_power_of_2(triton.cdiv(n * tiles, PROGRAMS))), MOST_OUTPUTS)
-        padded_k = max(16, triton.next_power_of_2(k))
+        block_t = min(max(16, next_power_of_2(num_tokens)), MOST_TOKENS) if num_tokens > 1 else 1
+        tiles = num_heads * -(-num_tokens // block_t)
+        block_n = min(max(16, next_power_of_2(-(-n * tiles // PROGRAMS))), MOST_OUTPUTS)
+        padded_k = max(16, next_power_of_2(k))
         block_k = min(padded_k, MOST_INPUTS)
         if num_tokens == 1:
             block_n, block_k = max(1, min(block_n, MOST_ELEMENTS // padded_k)), padded_k
@@ -183,18 +184,14 @@ def multiply_heads(out_THN: torch.Tensor, x_THK: torch.Tensor, weight_HNK: torch
     assert out_THN.stride(-1) == x_THK.stride(-1) == 1 and 1 in weight_HNK.stride()[1:]
     rows_are_outputs = weight_HNK.stride(2) == 1
     blocks = HeadBlocks.fit(num_tokens, num_heads, n, k, rows_are_outputs)
-    _heads_kernel[(triton.cdiv(n, blocks.n), num_heads, triton.cdiv(num_tokens, blocks.t))](
+    _heads_kernel[(-(-n // blocks.n), num_heads, -(-num_tokens // blocks.t))](
         out_THN,
         x_THK,
         weight_HNK,
         num_tokens,
-        out_THN.stride(0),
-        out_THN.stride(1),
-        x_THK.stride(0),
-        x_THK.stride(1),
-        weight_HNK.stride(0),
-        weight_HNK.stride(1),
-        weight_HNK.stride(2),
+        *out_THN.stride()[:2],
+        *x_THK.stride()[:2],
+        *weight_HNK.stride(),
         N=n,
         K=k,
         ROWS_ARE_OUTPUTS=rows_are_outputs,

@@ -17,10 +17,11 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig
-from light_sdk.ops.tuning import num_processors
+from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["DecodePlan", "PrefixTiling", "plan_decodes", "prefix_tiling"]
 
+_SHARED = "light_sdk.mla_attention.decode"
 SEARCH_STEPS = 8
 """Halvings of the range of lengths of an item; what is found after them serves, and is off by a 256th of it at most."""
 MIN_BLOCK_B = 256  # small batches plan with one kernel, compiled when graphs are captured
@@ -196,19 +197,20 @@ def prefix_tiling(step: Step, num_heads: int, config: PrefixConfig) -> PrefixTil
 
 def plan_decodes(step: Step, num_heads: int, rank: int, config: DecodeConfig, tiling: PrefixTiling | None = None) -> DecodePlan:
     """The plan of this step for layers of these shapes, made by the first of them. Never synchronises."""
-    key = f"light_sdk.mla_attention.decode {num_heads} {rank} {config} {tiling}"
-    if key not in step.shared:
-        step.shared[key] = _create_plan(step, num_heads, rank, config, tiling)
-    plan: DecodePlan = step.shared[key]
+    plans: dict[tuple[object, ...], DecodePlan] = step.shared.setdefault(_SHARED, {})
+    key = num_heads, rank, config, tiling
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans[key] = _create_plan(step, num_heads, rank, config, tiling)
     return plan
 
 
 def _create_plan(step: Step, num_heads: int, rank: int, config: DecodeConfig, tiling: PrefixTiling | None) -> DecodePlan:
     device, num_decodes = step.seq_lens.device, step.num_decodes
-    most_blocks = triton.cdiv(step.max_seq_len, config.block_n)
+    most_blocks = -(-step.max_seq_len // config.block_n)
     is_long = most_blocks > config.min_blocks
     # A request rounds up to whole items, so there are at most `budget` of them beside one for each request.
-    budget = max(1, config.waves * num_processors(device) // triton.cdiv(num_heads, config.block_h)) if is_long else 1
+    budget = max(1, config.waves * num_processors(device) // -(-num_heads // config.block_h)) if is_long else 1
     max_items = num_decodes + budget if is_long else num_decodes
     max_tiles, max_parts = 0, max_items
     if tiling is not None:
@@ -248,9 +250,9 @@ def _create_plan(step: Step, num_heads: int, rank: int, config: DecodeConfig, ti
         STEPS=SEARCH_STEPS if is_long else 0,
         BLOCK_N=config.block_n,
         TILE_BLOCK_N=config.block_n if tiling is None else tiling.config.block_n,
-        BLOCK_B=max(MIN_BLOCK_B, triton.next_power_of_2(num_decodes)),
-        BLOCK_ITEMS=triton.next_power_of_2(budget + 1),
-        BLOCK_TILES=1 if tiling is None else triton.next_power_of_2(tiling.budget + 1),
+        BLOCK_B=max(MIN_BLOCK_B, next_power_of_2(num_decodes)),
+        BLOCK_ITEMS=next_power_of_2(budget + 1),
+        BLOCK_TILES=1 if tiling is None else next_power_of_2(tiling.budget + 1),
         num_warps=4,
         **dependent(device),
     )

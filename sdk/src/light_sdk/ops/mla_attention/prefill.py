@@ -28,10 +28,10 @@ import triton.language as tl
 
 from light_core.types import Step
 from light_sdk.ops.mla_attention.tuning import PrefillConfig
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["MAX_PIECE_LEN", "Piece", "cut_prefixes", "fitting_piece_len", "plan_pieces", "prefill_attention"]
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MAX_PIECE_LEN = 16384
 PIECE_BYTES = 1 << 28
 """Of the keys and values of one piece; with 16 heads 16,384 tokens take half of it, with 128 heads 4,096 take all."""
@@ -178,6 +178,7 @@ def _attend(
     BLOCK_O: tl.constexpr,
 ) -> tl.tensor:
     """Online softmax over the keys begin … end - 1, in blocks; MASKED where some row does not see some key."""
+    log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
     p, r, o = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_O)
     p_mask, r_mask, o_mask = (p < KEY_DIM)[None, :], (r < ROTARY)[None, :], (o < VALUE_DIM)[None, :]
     for start in range(begin, end, BLOCK_N):
@@ -197,7 +198,7 @@ def _attend(
             k = tl.load(k_rows, mask=p_mask, other=0.0)
             rope = tl.load(r_rows, mask=r_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision="ieee") * (scale * LOG2_E)
+        scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision="ieee") * (scale * log2_e)
         if MASKED:
             seen = (n < num_keys)[None, :]
             if CAUSAL:
@@ -369,7 +370,7 @@ def _attend_piece(
     weight_HXL = _align_heads(kv_b_HXL, key_dim)
     kv_NHX = F.linear(kept_NC[:, :rank], weight_HXL.flatten(0, 1)).view(-1, num_heads, weight_HXL.shape[1])
     rope_NR = _align_rows(kept_NC, rank)
-    grid = (triton.cdiv(piece.max_query_len, config.block_m), num_heads, piece.num_segments)
+    grid = (-(-piece.max_query_len // config.block_m), num_heads, piece.num_segments)
     _prefill_kernel[grid](
         out_THO,
         state,
@@ -380,12 +381,9 @@ def _attend_piece(
         piece.segments,
         piece.segments.stride(0),
         step.num_decodes,
-        out_THO.stride(0),
-        out_THO.stride(1),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        kv_NHX.stride(0),
-        kv_NHX.stride(1),
+        *out_THO.stride()[:2],
+        *q_THD.stride()[:2],
+        *kv_NHX.stride()[:2],
         rope_NR.stride(0),
         scale,
         NUM_HEADS=num_heads,
@@ -397,9 +395,9 @@ def _attend_piece(
         HAS_STATE=has_state,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_P=max(16, triton.next_power_of_2(key_dim)),
-        BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
-        BLOCK_O=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_P=max(16, next_power_of_2(key_dim)),
+        BLOCK_R=max(16, next_power_of_2(rotary_dim)),
+        BLOCK_O=max(16, next_power_of_2(value_dim)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

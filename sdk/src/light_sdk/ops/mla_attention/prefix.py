@@ -17,11 +17,9 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.plan import DecodePlan, PrefixTiling
-from light_sdk.ops.tuning import num_processors
+from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["attend_prefixes"]
-
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -111,6 +109,7 @@ def _prefix_kernel(
     """As many programs as run at once, each taking one tile after the other."""
     release(DEPENDENT)
     wait(DEPENDENT)
+    log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
     row = tl.arange(0, BLOCK_M)
     in_tile, heads = row // NUM_HEADS, row % NUM_HEADS
     columns, turning = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_R)
@@ -137,11 +136,11 @@ def _prefix_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
         whole = begin + (end - begin) // BLOCK_N * BLOCK_N
         acc, total, highest = _attend(
-            acc, total, highest, q, q_rope, cache_ptr, slots_ptr, cache_stride_s, begin, whole, scale * LOG2_E,
+            acc, total, highest, q, q_rope, cache_ptr, slots_ptr, cache_stride_s, begin, whole, scale * log2_e,
             False, RANK, ROTARY, BLOCK_N, BLOCK_L, BLOCK_R,
         )  # fmt: skip
         acc, total, highest = _attend(
-            acc, total, highest, q, q_rope, cache_ptr, slots_ptr, cache_stride_s, whole, end, scale * LOG2_E,
+            acc, total, highest, q, q_rope, cache_ptr, slots_ptr, cache_stride_s, whole, end, scale * log2_e,
             True, RANK, ROTARY, BLOCK_N, BLOCK_L, BLOCK_R,
         )  # fmt: skip
         parts = tl.load(first_parts_ptr + place, mask=row_mask, other=0) + split
@@ -183,10 +182,8 @@ def attend_prefixes(
         step.slot_table,
         plan.tiles.stride(0),
         step.shared_prefixes.stride(0),
-        q_THL.stride(0),
-        q_THL.stride(1),
-        q_rope_THR.stride(0),
-        q_rope_THR.stride(1),
+        *q_THL.stride()[:2],
+        *q_rope_THR.stride()[:2],
         latent_cache_SC.stride(0),
         step.slot_table.stride(0),
         step.num_decodes,
@@ -196,8 +193,8 @@ def attend_prefixes(
         ROTARY=rotary_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_L=max(16, triton.next_power_of_2(rank)),
-        BLOCK_R=max(16, triton.next_power_of_2(rotary_dim)),
+        BLOCK_L=max(16, next_power_of_2(rank)),
+        BLOCK_R=max(16, next_power_of_2(rotary_dim)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **dependent(q_THL.device),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["rms_norm"]
 
@@ -58,20 +59,21 @@ def rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: floa
     if rows == 0:
         return
     added = x if residual is None else residual
-    assert x.stride(-1) == out.stride(-1) == added.stride(-1) == weight.stride(-1) == 1
-    block = triton.next_power_of_2(size)
+    out_strides, x_strides, added_strides, weight_strides = out.stride(), x.stride(), added.stride(), weight.stride()
+    assert out_strides[-1] == x_strides[-1] == added_strides[-1] == weight_strides[-1] == 1
+    block = next_power_of_2(size)
     _rms_norm_kernel[(rows,)](
         out,
         x,
         weight,
         added,
-        out.stride(0),
-        out.stride(-2),
-        x.stride(0),
-        x.stride(-2),
-        added.stride(0),
-        added.stride(-2),
-        weight.stride(0) if weight.dim() == 2 else 0,
+        out_strides[0],
+        out_strides[-2],
+        x_strides[0],
+        x_strides[-2],
+        added_strides[0],
+        added_strides[-2],
+        weight_strides[0] if len(weight_strides) == 2 else 0,
         eps,
         num_heads,
         SIZE=size,

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.rotary.kernel import rotate_heads
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["rotary_kv"]
 
@@ -76,36 +77,34 @@ def rotary_kv(
     (num_tokens, num_heads, head_dim), num_kv_heads = q_THD.shape, k_TKD.shape[1]
     if num_tokens == 0:
         return
-    tensors = (q_THD, k_TKD, v_TKD, cos_sin_TR, k_cache_SKD, v_cache_SKD)
-    assert all(tensor.stride(-1) == 1 for tensor in tensors)
+    q_strides, k_strides, v_strides, cos_sin_strides = q_THD.stride(), k_TKD.stride(), v_TKD.stride(), cos_sin_TR.stride()
+    k_cache_strides, v_cache_strides = k_cache_SKD.stride(), v_cache_SKD.stride()
+    assert q_strides[2] == k_strides[2] == v_strides[2] == cos_sin_strides[1] == k_cache_strides[2] == v_cache_strides[2] == 1
     half = cos_sin_TR.shape[-1] // 2
-    block_h, block_half = triton.next_power_of_2(num_heads), triton.next_power_of_2(half)
+    block_h, block_half = next_power_of_2(num_heads), next_power_of_2(half)
     _rotary_kv_kernel[(num_tokens,)](
-        *tensors[:3],
+        q_THD,
+        k_TKD,
+        v_TKD,
         cos_sin_TR,
         k_cache_SKD,
         v_cache_SKD,
         slots_T,
-        q_THD.stride(0),
-        q_THD.stride(1),
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        v_TKD.stride(0),
-        v_TKD.stride(1),
-        cos_sin_TR.stride(0),
-        k_cache_SKD.stride(0),
-        k_cache_SKD.stride(1),
-        v_cache_SKD.stride(0),
-        v_cache_SKD.stride(1),
+        *q_strides[:2],
+        *k_strides[:2],
+        *v_strides[:2],
+        cos_sin_strides[0],
+        *k_cache_strides[:2],
+        *v_cache_strides[:2],
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         HALF=half,
         INTERLEAVED=interleaved,
         BLOCK_H=block_h,
-        BLOCK_K=triton.next_power_of_2(num_kv_heads),
+        BLOCK_K=next_power_of_2(num_kv_heads),
         BLOCK_HALF=block_half,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         num_warps=min(max(block_h * block_half // 512, 1), 8),
         **dependent(q_THD.device),
     )

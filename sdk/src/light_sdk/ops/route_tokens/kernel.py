@@ -20,7 +20,7 @@ from light_sdk.ops.counters import arrival_counters
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.route_experts.kernel import choice_arguments, route_experts, store_choice
 from light_sdk.ops.route_experts.reference import Routing
-from light_sdk.ops.tuning import num_processors
+from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["route_tokens", "router_logits"]
 
@@ -180,11 +180,11 @@ def router_logits(x_TE: torch.Tensor, router_XE: torch.Tensor, in_pieces: bool) 
         A new float32 `[T, X]`.
     """
     (num_tokens, size_e), num_experts = x_TE.shape, len(router_XE)
-    block_n = max(16, triton.next_power_of_2(num_experts))
+    block_n = max(16, next_power_of_2(num_experts))
     block_e = min(MAX_BLOCK_E, max(16, LOGITS_BLOCK_BYTES // (block_n * router_XE.element_size())))
     stage_bytes = block_e * (block_n * router_XE.element_size() + LOGITS_BLOCK_T * x_TE.element_size())
     logits_TX = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x_TE.device)
-    _logits_kernel[(triton.cdiv(num_tokens, LOGITS_BLOCK_T),)](
+    _logits_kernel[(-(-num_tokens // LOGITS_BLOCK_T),)](
         logits_TX,
         x_TE,
         router_XE,
@@ -223,13 +223,13 @@ def route_tokens(
         return
     assert len(router_XE) == routing.num_experts and (bias_X is not None) == routing.biased
     least = 1 if routing.num_experts <= FEW_EXPERTS else MIN_BLOCK_T
-    block_n, block_t = max(16, triton.next_power_of_2(routing.num_experts)), triton.next_power_of_2(num_tokens)
+    block_n, block_t = max(16, next_power_of_2(routing.num_experts)), next_power_of_2(num_tokens)
     block_t = max(least, min(MAX_BLOCK_T, block_t))
     block_e = min(MAX_BLOCK_E, max(16, MAX_BLOCK_BYTES // (block_n * router_XE.element_size())))
-    token_blocks, blocks = triton.cdiv(num_tokens, block_t), triton.cdiv(size_e, block_e)
+    token_blocks, blocks = -(-num_tokens // block_t), -(-size_e // block_e)
     wanted = max(1, min(MAX_SPLITS, blocks, 2 * num_processors(x_TE.device) // token_blocks))
-    run = triton.next_power_of_2(triton.cdiv(blocks, wanted))
-    splits = triton.cdiv(blocks, run)
+    run = next_power_of_2(-(-blocks // wanted))
+    splits = -(-blocks // run)
     arrived = arrival_counters(x_TE.device, token_blocks)
     partial = torch.empty(token_blocks * splits * block_t * block_n, dtype=torch.float32, device=x_TE.device)
     _route_tokens_kernel[(splits, token_blocks)](

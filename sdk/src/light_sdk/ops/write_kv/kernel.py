@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["write_kv"]
 
@@ -47,22 +48,19 @@ def write_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor, k_cache_SKD: torch.Tensor
     num_tokens, num_kv_heads, head_dim = k_TKD.shape
     if num_tokens == 0:
         return
-    assert k_TKD.stride(-1) == v_TKD.stride(-1) == k_cache_SKD.stride(-1) == v_cache_SKD.stride(-1) == 1
-    block = triton.next_power_of_2(num_kv_heads * head_dim)
+    k_strides, v_strides, k_cache_strides, v_cache_strides = k_TKD.stride(), v_TKD.stride(), k_cache_SKD.stride(), v_cache_SKD.stride()
+    assert k_strides[2] == v_strides[2] == k_cache_strides[2] == v_cache_strides[2] == 1
+    block = next_power_of_2(num_kv_heads * head_dim)
     _write_kv_kernel[(num_tokens,)](
         k_TKD,
         v_TKD,
         k_cache_SKD,
         v_cache_SKD,
         slots_T,
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        v_TKD.stride(0),
-        v_TKD.stride(1),
-        k_cache_SKD.stride(0),
-        k_cache_SKD.stride(1),
-        v_cache_SKD.stride(0),
-        v_cache_SKD.stride(1),
+        *k_strides[:2],
+        *v_strides[:2],
+        *k_cache_strides[:2],
+        *v_cache_strides[:2],
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK=block,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.tuning import num_processors
+from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["load_pairs", "normalize_rows", "store_turned", "write_latent"]
 
@@ -144,14 +144,14 @@ def write_latent(
         return
     assert q_THR.stride(-1) == kv_TC.stride(-1) == latent_cache_SC.stride(-1) == cos_sin_TR.stride(-1) == weight_L.stride(-1) == 1
     rank, half = weight_L.shape[0], rotary_dim // 2
-    block_h, block_l, block_half = (triton.next_power_of_2(size) for size in (num_heads, rank, half))
+    block_h, block_l, block_half = (next_power_of_2(size) for size in (num_heads, rank, half))
     token_elements = 2 * block_h * block_half + block_l
     # One token or as many as fit, nothing between: each number is a kernel to compile.
     most = min(MAX_BLOCK_T, max(1, MAX_ELEMENTS // token_elements))
     block_t = 1 << (most.bit_length() - 1)
     if num_tokens < block_t * WAVES * num_processors(q_THR.device):
         block_t = 1
-    _write_latent_kernel[(triton.cdiv(num_tokens, block_t),)](
+    _write_latent_kernel[(-(-num_tokens // block_t),)](
         q_THR,
         kv_TC,
         weight_L,
@@ -159,8 +159,7 @@ def write_latent(
         latent_cache_SC,
         slots_T,
         num_tokens,
-        q_THR.stride(0),
-        q_THR.stride(1),
+        *q_THR.stride()[:2],
         kv_TC.stride(0),
         cos_sin_TR.stride(0),
         latent_cache_SC.stride(0),
@@ -173,6 +172,6 @@ def write_latent(
         BLOCK_H=block_h,
         BLOCK_L=block_l,
         BLOCK_HALF=block_half,
-        num_warps=min(max(triton.next_power_of_2(triton.cdiv(block_t * token_elements, ELEMENTS_OF_WARP)), 2), 8),
+        num_warps=min(max(next_power_of_2(-(-block_t * token_elements // ELEMENTS_OF_WARP)), 2), 8),
         **dependent(q_THR.device),
     )
