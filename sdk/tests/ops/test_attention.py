@@ -247,13 +247,16 @@ def test_plan_covers_every_key_once(num_decodes, window, device, make_batch) -> 
     plan = _create_plan(batch.step, batch.q, window, 2, DecodeConfig(16, 4, 2, 30, 1))
     first_parts = plan.first_parts.tolist()
     assert first_parts[0] == 0 and first_parts[-1] == int(plan.counts[0]) <= plan.items.shape[1] == plan.partial.shape[0]
+    items = plan.items[:, : int(plan.counts[0])].T.tolist()
     for b, seq_len in enumerate(lens):
         span = range(first_parts[b], first_parts[b + 1])
-        requests, begins, ends, parts = plan.items[:, span.start : span.stop].tolist()
-        assert requests and set(requests) == {b}
-        assert parts == ([-1] if len(span) == 1 else list(span))
+        begins, ends, parts = zip(*(item[1:] for item in items if item[0] == b), strict=True)
+        assert list(parts) == ([-1] if len(span) == 1 else list(span))
         assert begins[0] == (0 if window is None else max(0, seq_len - window)) and ends[-1] == seq_len
         assert begins[1:] == ends[:-1] and all(begin < end for begin, end in zip(begins, ends, strict=True))
+    longest_of_requests = [-(-(end - begin) // 16) for _, begin, end, part in items if part in (-1, *first_parts)]
+    assert len(longest_of_requests) == num_decodes
+    assert longest_of_requests == sorted(longest_of_requests, reverse=True), "no long one is left for the end"
 
 
 def test_plan_spreads_a_long_request(device, make_batch) -> None:

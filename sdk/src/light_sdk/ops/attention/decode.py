@@ -182,7 +182,11 @@ def _plan_kernel(
     own_begin = end - tl.sum(tl.where(here, visible, 0), axis=0)
     own_splits = tl.sum(tl.where(here, splits, 0), axis=0)
     own_parts = tl.sum(tl.where(here, parts, 0), axis=0)
-    first_item = tl.sum(tl.where(before, splits, 0), axis=0)
+    # The longest items come first, so that none of them is alone at the end.
+    item_blocks = (blocks + splits - 1) // tl.maximum(splits, 1)
+    own_blocks = tl.sum(tl.where(here, item_blocks, 0), axis=0)
+    earlier = (item_blocks > own_blocks) | ((item_blocks == own_blocks) & before)
+    first_item = tl.sum(tl.where(earlier, splits, 0), axis=0)
     first_part = tl.sum(tl.where(before, parts, 0), axis=0)
     item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
     _cut(items_ptr, items_stride, first_item, request, own_begin, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
@@ -197,7 +201,7 @@ def _plan_kernel(
             tl.store(counts_ptr + 1, first_tile + own_tiles)
     if place == num_decodes - 1:
         tl.store(first_parts_ptr + num_decodes, first_part + own_parts)
-        tl.store(counts_ptr, first_item + own_splits)
+        tl.store(counts_ptr, tl.sum(splits, axis=0))
 
 
 @triton.jit(do_not_specialize=["seq_lens_ptr", "rows_ptr"])
