@@ -30,8 +30,9 @@ def model(num_layers: int, dense: tuple[int, int], experts: tuple[int, int] = (0
         (model(32, (41_943_040 // 4096, 4096), (8 * 3 * 14336, 4096), 8, 2), ROUND),  # Mixtral 8x7B
         (model(27, (13_800_000 // 2048 + 3 * 2816, 2048), (64 * 3 * 1408, 2048), 64, 6), 3 * ROUND),  # DeepSeek-V2-Lite
         (model(4, (64, 64)), MOST),
+        (model(4, (0, 64)), MOST),
     ],
-    ids=["8b", "70b", "1b", "mixtral", "deepseek-v2-lite", "tiny"],
+    ids=["8b", "70b", "1b", "mixtral", "deepseek-v2-lite", "tiny", "none"],
 )
 def test_the_gpu_is_busy_while_the_host_launches(runtime: Any, pace: int) -> None:
     assert pace_of(runtime) == pace

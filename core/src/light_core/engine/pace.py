@@ -23,6 +23,6 @@ FLOPS_PER_S = 600e12
 def pace_of(runtime: ModelRuntime) -> int:
     """Tokens, a multiple of `ROUND` up to `MOST`."""
     count = count_step(runtime, [ROUND], [ROUND], 1)
-    token_s = (count.layers.num_flops + count.experts.num_flops) / ROUND / FLOPS_PER_S
+    round_s = (count.layers.num_flops + count.experts.num_flops) / FLOPS_PER_S
     launching_s = len(runtime.layers) * LAUNCHES_S
-    return min(ceil(launching_s / token_s / ROUND) * ROUND, MOST)
+    return ROUND * ceil(launching_s / max(round_s, launching_s * ROUND / MOST))
