@@ -102,3 +102,9 @@ def test_torchs_compiler_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # importing it raises
     x = cuda(4, 4)
     assert (x * 2 + x.float()).dtype == torch.float32
+    order = cuda(7, dtype=torch.int32)
+    assert (order // 6).shape == (7,) and (order // 6).dtype == torch.int32
+    assert (order.unsqueeze(1) // cuda(2, dtype=torch.int32)).shape == (7, 2)
+    weight, place = cuda(5, 4), cuda(4, 5)
+    assert torch.nn.functional.linear(x, weight, cuda(5)).shape == (4, 5)
+    assert torch.addmm(place, x, weight.t(), out=place) is place

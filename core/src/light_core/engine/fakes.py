@@ -24,6 +24,8 @@ DEVICE, META = torch.device("cuda", 0), torch.device("meta")
 BASE_ADDRESS = 1 << 32
 """Of every fake allocation; as aligned as the caching allocator's (512 bytes)."""
 LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
+UNTAGGED = (torch.ops.aten.floor_divide.default, torch.ops.aten.floor_divide.Scalar)
+"""Ops that work element by element, which torch does not say of them."""
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -115,6 +117,11 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     """`func` of fake tensors, by shapes alone. What it gives back of its arguments is the same object."""
     if func is torch.ops.aten.copy_.default and not isinstance(args[0], _FakeTensor):
         return args[0]  # to the host, which gets nothing
+    if torch.Tag.out in func.tags:  # its results are the places given for them
+        outs = [kwargs[argument.name] for argument in func._schema.arguments if argument.is_out]
+        return outs[0] if len(outs) == 1 else tuple(outs)
+    if func is torch.ops.aten.addmm.default:  # whose own rule would import torch's compiler, as those of `_combined`
+        func, args, kwargs = torch.ops.aten.mm.default, args[1:3], {}
     fakes: dict[int, _FakeTensor] = {}
 
     def to_meta(value: Any) -> Any:
@@ -135,7 +142,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         return fakes[id(value)] if id(value) in fakes else _FakeTensor(value)
 
     args, options = tree_map(to_meta, (args, dict(kwargs)))
-    combines = torch.Tag.pointwise in func.tags and not func._schema.is_mutable
+    combines = func in UNTAGGED or (torch.Tag.pointwise in func.tags and not func._schema.is_mutable)
     return tree_map(to_fake, _combined(func, args, options) if combines else func(*args, **options))
 
 

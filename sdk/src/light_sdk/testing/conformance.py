@@ -100,21 +100,23 @@ class Run:
 
     def step(self, *work: tuple[DriverRequest, int]) -> None:
         """Computes so many tokens of each request. One whose tokens all have KV reads the trace's next token first."""
-        for request, _ in work:
-            if not request.num_pending:
-                request.tokens.append(self._traces[request].tokens[len(request.tokens)])
+        self._read_next(work)
         for (request, count), logits in zip(work, self.driver.step(work), strict=True):
             end = request.num_computed
             self._compare(logits, self._traces[request].logits[end - count : end], end - count)
 
     def last(self, *work: tuple[DriverRequest, int]) -> None:
         """As `step`, decodes in front, where only the logits after each request's last token are asked for."""
-        for request, _ in work:
-            if not request.num_pending:
-                request.tokens.append(self._traces[request].tokens[len(request.tokens)])
+        self._read_next(work)
         for (request, _), logits in zip(work, self.driver.last(work), strict=True):
             end = request.num_computed
             self._compare(logits[None], self._traces[request].logits[end - 1 : end], end - 1)
+
+    def _read_next(self, work: Sequence[tuple[DriverRequest, int]]) -> None:
+        """Gives each request whose tokens all have KV the trace's next one."""
+        for request, _ in work:
+            if not request.num_pending:
+                request.tokens.append(self._traces[request].tokens[len(request.tokens)])
 
     def prefill(self, request: DriverRequest, chunk: int = MAX_MODEL_LEN) -> None:
         """Computes what is pending, `chunk` tokens a step."""

@@ -26,6 +26,7 @@ from light_core.types import Step
 from light_sdk.ops.attention.prefix import PrefixTiling, prefix_attention, prefix_tiling
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, prefix_config
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.splits import cut
 from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["decode_attention"]
@@ -91,31 +92,6 @@ class _Launch:
     constants: dict[str, Any]
     combine_grid: tuple[int, int] | None
     combine_constants: dict[str, Any]
-
-
-@triton.jit
-def _cut(
-    table_ptr: tl.tensor,
-    stride: tl.tensor,
-    first_entry: tl.tensor,
-    owner: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    splits: tl.tensor,
-    first_part: tl.tensor,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-) -> None:
-    """Writes `splits` entries (owner, first key, end of the keys, part) that cover the keys begin … end - 1."""
-    # Parts differ by a block at most; this rounding leaves none of them empty.
-    blocks = (end - begin + BLOCK_N - 1) // BLOCK_N
-    length = (blocks + splits - 1) // tl.maximum(splits, 1) * BLOCK_N
-    split = tl.arange(0, BLOCK_SPLITS)
-    entry, mask, begins = table_ptr + first_entry + split, split < splits, begin + split * length
-    tl.store(entry, owner + tl.zeros_like(split), mask=mask)
-    tl.store(entry + stride, begins, mask=mask)
-    tl.store(entry + 2 * stride, tl.minimum(begins + length, end), mask=mask)
-    tl.store(entry + 3 * stride, tl.where(first_part < 0, -1, first_part + split), mask=mask)
 
 
 @triton.jit(
@@ -189,14 +165,14 @@ def _plan_kernel(
     first_item = tl.sum(tl.where(earlier, splits, 0), axis=0)
     first_part = tl.sum(tl.where(before, parts, 0), axis=0)
     item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
-    _cut(items_ptr, items_stride, first_item, request, own_begin, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
+    cut(items_ptr, items_stride, first_item, request, own_begin, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
     tl.store(first_parts_ptr + place, first_part)
     if HAS_SHARED:
         tiles = tl.where(is_first, tile_splits, 0)
         own_tiles = tl.sum(tl.where(here, tiles, 0), axis=0)
         own_shared = tl.sum(tl.where(here, shared, 0), axis=0)
         first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
-        _cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, PREFIX_BLOCK_N, BLOCK_TILES)
+        cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, PREFIX_BLOCK_N, BLOCK_TILES)
         if place == num_decodes - 1:
             tl.store(counts_ptr + 1, first_tile + own_tiles)
     if place == num_decodes - 1:

@@ -19,10 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.tuning import next_power_of_2
 
-__all__ = ["BUCKET", "Attend", "cudnn_attention", "dense_attention", "is_worthwhile", "merge", "prompts_attention"]
+__all__ = ["BUCKET", "Attend", "cudnn_attention", "dense_attention", "is_worthwhile", "merge", "prompts_attention", "request_slots"]
 
 BUCKET = 512
 PIECE = 16384
@@ -36,6 +37,16 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple
 def is_worthwhile(query_len: int, seq_len: int) -> bool:
     """Whether a chunk of `query_len` tokens that ends at `seq_len` is long enough."""
     return query_len >= LEAST_QUERIES and query_len * (seq_len - query_len // 2) >= LEAST_PAIRS
+
+
+def request_slots(step: Step, request: int, seq_len: int) -> torch.Tensor:
+    """int64 [seq_len], slots of a request's tokens; the same for all layers of a step."""
+    key = f"light_sdk.attention.slots {request}"
+    if key not in step.shared:
+        row = step.slot_table.index_select(0, step.rows[request : request + 1])
+        step.shared[key] = row[0, :seq_len].long()
+    slots: torch.Tensor = step.shared[key]
+    return slots
 
 
 def cudnn_attention(

@@ -7,7 +7,7 @@ import torch
 
 from light_core.types import Step
 from light_sdk.ops.attention.decode import decode_attention
-from light_sdk.ops.attention.dense import BUCKET, dense_attention, is_worthwhile, prompts_attention
+from light_sdk.ops.attention.dense import BUCKET, dense_attention, is_worthwhile, prompts_attention, request_slots
 from light_sdk.ops.attention.prefill import prefill_attention
 from light_sdk.ops.attention.tuning import decode_config, prefill_config
 
@@ -63,7 +63,7 @@ def attention(
             assert k is not None and v is not None
             prompts_attention(out_THD[tokens], q_THD[tokens], k, v, run.end - run.first, scale)
         else:
-            slots = _slots(step, run.first, run.seq_len)
+            slots = request_slots(step, run.first, run.seq_len)
             dense_attention(out_THD[tokens], q_THD[tokens], k_cache_SKD, v_cache_SKD, slots, scale, k, v)
 
 
@@ -109,13 +109,3 @@ def _merged(runs: Iterator[_Run]) -> Iterator[_Run]:
         yield run
     if short is not None:
         yield short
-
-
-def _slots(step: Step, request: int, seq_len: int) -> torch.Tensor:
-    """int64 [seq_len], slots of a request's tokens; the same for all layers of a step."""
-    key = f"attention.slots.{request}"
-    if key not in step.shared:
-        row = step.slot_table.index_select(0, step.rows[request : request + 1])
-        step.shared[key] = row[0, :seq_len].long()
-    slots: torch.Tensor = step.shared[key]
-    return slots

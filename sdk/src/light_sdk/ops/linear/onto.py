@@ -7,8 +7,6 @@ and the sum is rounded once instead of twice.
 
 import torch
 
-from light_sdk.ops.counters import is_fake
-
 __all__ = ["LEAST_TOKENS", "onto"]
 
 LEAST_TOKENS = 1024
@@ -33,6 +31,5 @@ def onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: to
         return False
     if residual.shape != (x.shape[0], weight.shape[0]) or residual.dtype != x.dtype or not residual.is_contiguous():
         return False
-    if not is_fake(residual):  # there is no kernel of ours to be seen, and torch's rule for shapes alone imports its compiler
-        torch.addmm(residual, x, weight.t(), out=residual)
+    torch.addmm(residual, x, weight.t(), out=residual)
     return True

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from light_sdk.ops.linear.small import RowConfig, TileConfig
-from light_sdk.ops.tuning import device_name, read_configs
+from light_sdk.ops.linear.small import LEAST_TOKENS, RowConfig, TileConfig
+from light_sdk.ops.tuning import device_name, next_power_of_2, read_configs
 
 __all__ = ["BLAS", "bucket", "row_config", "tile_config"]
 
@@ -34,7 +34,7 @@ def tile_config(weight: torch.Tensor, num_tokens: int, *, gated: bool) -> TileCo
 
 def bucket(num_tokens: int) -> int:
     """`num_tokens` as entries are named: tokens of a tile."""
-    return max(16, 1 << (num_tokens - 1).bit_length())
+    return max(LEAST_TOKENS, next_power_of_2(num_tokens))
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from light_core.types import Step
+from light_sdk.ops.attention.dense import request_slots
 from light_sdk.ops.mla_attention.decode import decode_attention
 from light_sdk.ops.mla_attention.dense import BUCKET, dense_attention, is_worthwhile, prompts_attention
 from light_sdk.ops.mla_attention.prefill import fitting_piece_len, prefill_attention
@@ -39,7 +40,7 @@ def mla_attention(
         if query_len == seq_len and query_len % BUCKET == 0:
             prompts_attention(out_THO[tokens], q_THD[tokens], latent_cache_SC, kv_b_HXL, step.slots[tokens], count, scale)
         else:
-            slots = _slots(step, request, seq_len)
+            slots = request_slots(step, request, seq_len)
             dense_attention(out_THO[tokens], q_THD[tokens], latent_cache_SC, kv_b_HXL, slots, scale, piece_len)
         begin, request = tokens.stop, request + count
 
@@ -67,13 +68,3 @@ def _cut(lens: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, int]]:
             count = next((n for n, other in enumerate(lens[index:]) if other != lens[index]), len(lens) - index)
         yield count, query_len, seq_len
         index += count
-
-
-def _slots(step: Step, request: int, seq_len: int) -> torch.Tensor:
-    """int64 [seq_len], slots of a request's tokens; the same for all layers of a step."""
-    key = f"light_sdk.mla_attention.slots {request}"
-    if key not in step.shared:
-        row = step.slot_table.index_select(0, step.rows[request : request + 1])
-        step.shared[key] = row[0, :seq_len].long()
-    slots: torch.Tensor = step.shared[key]
-    return slots

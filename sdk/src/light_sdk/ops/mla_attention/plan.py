@@ -17,6 +17,7 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig
+from light_sdk.ops.splits import cut
 from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["DecodePlan", "PrefixTiling", "plan_decodes", "prefix_tiling"]
@@ -73,30 +74,6 @@ class DecodePlan:
 def _num_items(blocks: tl.tensor, chunk: tl.tensor, exists: tl.tensor) -> tl.tensor:
     """Of each request, if none is longer than `chunk` blocks."""
     return tl.where(exists, tl.maximum((blocks + chunk - 1) // chunk, 1), 0)
-
-
-@triton.jit
-def _cut(
-    table_ptr: tl.tensor,
-    stride: tl.tensor,
-    first_entry: tl.tensor,
-    owner: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    splits: tl.tensor,
-    first_part: tl.tensor,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-) -> None:
-    """Writes `splits` entries (owner, first position, end, part) that cover the positions begin … end - 1."""
-    # Parts of one request differ by a block at most; this rounding leaves none of them empty.
-    length = (tl.cdiv(end - begin, BLOCK_N) + splits - 1) // tl.maximum(splits, 1) * BLOCK_N
-    split = tl.arange(0, BLOCK_SPLITS)
-    entry, mask, begins = table_ptr + first_entry + split, split < splits, begin + split * length
-    tl.store(entry, owner + tl.zeros_like(split), mask=mask)
-    tl.store(entry + stride, begins, mask=mask)
-    tl.store(entry + 2 * stride, tl.minimum(begins + length, end), mask=mask)
-    tl.store(entry + 3 * stride, tl.where(first_part < 0, -1, first_part + split), mask=mask)
 
 
 @triton.jit(
@@ -171,7 +148,7 @@ def _plan_kernel(
     first_item = tl.sum(tl.where(before, splits, 0), axis=0)
     first_part = tl.sum(tl.where(before, parts, 0), axis=0)
     item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
-    _cut(items_ptr, items_stride, first_item, request, own_shared, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
+    cut(items_ptr, items_stride, first_item, request, own_shared, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
     split = tl.arange(0, BLOCK_ITEMS)
     row = tl.load(rows_ptr + request) + tl.zeros_like(split)
     tl.store(items_ptr + 4 * items_stride + first_item + split, row, mask=split < own_splits)
@@ -180,7 +157,7 @@ def _plan_kernel(
         tiles = tl.where(is_first, tile_splits, 0)
         own_tiles = tl.sum(tl.where(here, tiles, 0), axis=0)
         first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
-        _cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, TILE_BLOCK_N, BLOCK_TILES)
+        cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, TILE_BLOCK_N, BLOCK_TILES)
         if place == num_decodes - 1:
             tl.store(counts_ptr + 1, first_tile + own_tiles)
     if place == num_decodes - 1:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from light_sdk.ops.tuning import device_name, tuned_parameters
+from light_sdk.ops.tuning import device_name, next_power_of_2, tuned_parameters
 
 __all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config"]
 
@@ -80,7 +80,7 @@ class PrefixConfig:
 
 def decode_config(q_THD: torch.Tensor) -> DecodeConfig:
     """Parameters for queries like `q_THD` on its device."""
-    heads = min(max(1 << (q_THD.shape[1] - 1).bit_length(), FEWEST_HEADS), MOST_HEADS)
+    heads = min(max(next_power_of_2(q_THD.shape[1]), FEWEST_HEADS), MOST_HEADS)
     return _decode_config(device_name(q_THD.device), f"{heads}x{q_THD.element_size()}")
 
 
