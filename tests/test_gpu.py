@@ -1,6 +1,6 @@
 """The offline API on a GPU: tiny models in float32 against transformers, graphs against eager, the demo in bfloat16."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from light_core import LLM, SamplingParams
+from light_core.engine import runner
+from light_core.engine.pieces import StepPieces
+from light_core.types import Hidden, KVView, Step
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -65,6 +68,44 @@ def test_greedy_equals_transformers(tiny: tuple[str, Any], expected: list[list[i
     assert run(llm, prompts(6)) == expected, "a second time, out of the prefix cache"
     stats = llm.engine.stats()
     assert stats.kv_slots_used == stats.num_requests_running == stats.num_requests_waiting == 0
+    llm.shutdown()
+
+
+def test_steps_with_prompts_are_replayed(tiny: tuple[str, Any], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, run_pieces = [], StepPieces.run
+    monkeypatch.setattr(StepPieces, "run", lambda self, hidden, step: sizes.append(step.num_tokens) or run_pieces(self, hidden, step))
+    llm = engine(tiny[0], max_num_batched_tokens=48)
+    assert llm.engine.runner.replays_prompts
+    sizes.clear()
+    assert run(llm, prompts(6)) == expected
+    assert {16, 48} <= set(sizes) <= {16, 32, 48}, "of 1 to 48 tokens, padded"
+    llm.shutdown()
+
+
+@pytest.mark.parametrize(
+    "also",
+    [lambda hidden, step: step.num_decodes, lambda hidden, step: step.num_tokens == 1 or hidden.x[0, 0].item()],
+    ids=["reads requests", "waits"],
+)
+def test_layers_that_cannot_be_recorded_are_launched(
+    llama: tuple[str, Any], also: Callable[[Hidden, Step], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from light_llama.model import DecoderLayer
+
+    eager = engine(llama[0], enforce_eager=True)
+    wanted = run(eager, prompts(6))
+    eager.shutdown()
+    forward = DecoderLayer.forward
+
+    def with_more(self: Any, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
+        also(hidden, step)
+        return forward(self, hidden, step, kv)
+
+    monkeypatch.setattr(DecoderLayer, "forward", with_more)
+    monkeypatch.setattr(runner, "batch_sizes", lambda most: [1])
+    llm = engine(llama[0])
+    assert not llm.engine.runner.replays_prompts
+    assert run(llm, prompts(6)) == wanted
     llm.shutdown()
 
 

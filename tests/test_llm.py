@@ -18,6 +18,7 @@ import torch
 from light_core import LLM, LightError, SamplingParams
 from light_core.config import EngineConfig
 from light_core.engine.loading import bind_model, resolve_model
+from light_core.engine.pieces import run_by_tokens
 from light_core.engine.requests import EngineRequest
 from light_core.errors import RequestError
 from light_core.plugins import count_hook_calls
@@ -509,6 +510,34 @@ def test_the_last_layer_goes_on_with_the_wanted_tokens_alone(llama: tuple[str, A
     rows.clear()
     run(made, prompts(1, seed=1, low=50, high=51), GREEDY.replace(max_tokens=1, prompt_logprobs=1))
     assert rows == [32, 32, 18, 18], "logprobs of a prompt need all of its tokens"
+
+
+class PaddedSteps:
+    """In the place of recorded steps: pads to multiples of 40 tokens, and runs layers as they are recorded."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.num_padded = runner, 0
+
+    def padded(self, num_tokens: int) -> int | None:
+        size = -(-num_tokens // 40) * 40
+        return None if size > self.runner.limits.max_num_batched_tokens else size
+
+    def run(self, hidden: Any, step: Any) -> Any:
+        self.num_padded += 1
+        return run_by_tokens(self.runner.runtime, self.runner.kv, hidden, dict(step.shared), step)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_num_batched_tokens": 80}, {"max_num_seqs": 3}, {"max_total_tokens": 128, "max_model_len": 128}],
+    ids=["plain", "chunked", "all-rows", "preempted"],
+)
+def test_padding_of_steps_with_prompts_is_nobodys(tiny: tuple[str, Any], expected: list[list[int]], options: dict[str, Any]) -> None:
+    llm = engine(tiny[0], kernels={"attention": "reference"}, **options)
+    llm.engine.runner._pieces = pieces = PaddedSteps(llm.engine.runner)
+    assert run(llm, prompts(6)) == expected
+    assert run(llm, prompts(6)) == expected, "a second time, out of the prefix cache"
+    assert pieces.num_padded > 2
 
 
 def test_no_hook_is_called_in_a_step(llama: tuple[str, Any]) -> None:

@@ -5,8 +5,11 @@ is decided once, while a model's layers are built; nothing is dispatched per ste
 third parties' ops all come through the hook `light_register_kernels`.
 """
 
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -156,6 +159,7 @@ class OpTable:
         self.machine, self.dtype = machine, dtype
         self._registry, self._overrides, self._frozen = registry, dict(overrides), False
         self._chosen: dict[tuple[str, tuple[tuple[str, Any], ...]], tuple[Choice, Callable[..., Any]]] = {}
+        self._recorder: Recorder | None = None
         for op in overrides:
             if op not in registry.ops():
                 raise ConfigError(
@@ -194,6 +198,8 @@ class OpTable:
                 except ImportError as error:
                     refusal = f"cannot be imported: {error}"
                 else:
+                    if _takes_step(implementation):
+                        implementation = _StepOp(self, implementation)
                     return Choice(op, kernel.name, dict(facts), "; ".join(passed)), implementation
             passed.append(f"{kernel.name} {refusal}")
         known = ", ".join(kernel.name for kernel in kernels)
@@ -206,7 +212,45 @@ class OpTable:
         self._frozen = True
         return self.choices
 
+    @contextmanager
+    def recording(self, recorder: "Recorder") -> Iterator[None]:
+        """Within, `recorder` is called in the place of ops that have a parameter `step`. Their methods are called as ever.
+
+        Args:
+            recorder: gets the implementation, its positional and its keyword arguments; gives what the call is to give.
+        """
+        before, self._recorder = self._recorder, recorder
+        try:
+            yield
+        finally:
+            self._recorder = before
+
     @property
     def choices(self) -> tuple[Choice, ...]:
         """What was chosen so far."""
         return tuple(choice for choice, _ in self._chosen.values())
+
+
+Recorder = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _StepOp:
+    """An op that is given the step: the one kind of call that depends on more than the number of tokens."""
+
+    def __init__(self, table: OpTable, implementation: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, implementation)
+        self._table, self._implementation = table, implementation
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        recorder = self._table._recorder
+        return self._implementation(*args, **options) if recorder is None else recorder(self._implementation, args, options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._implementation, name)
+
+
+def _takes_step(implementation: Callable[..., Any]) -> bool:
+    try:
+        return "step" in inspect.signature(implementation).parameters
+    except ValueError:  # built in
+        return False

@@ -383,6 +383,9 @@ class Layer(Protocol):
     One that has a true attribute `narrows` goes by `step.wanted`, where that is not None: it writes the KV of all tokens,
     and gives the hidden states of the wanted ones alone, `[R, E]`. They attend as `step.wanted` says.
 
+    A layer that reads nothing of the step but what belongs to tokens (`slots`, `shared`, …), and gives the step itself to ops alone,
+    is replayed in steps with prompts too. Core finds out by itself (docs/decisions/0016).
+
     A module inside of it that sends each token through a few of many experts, all of one size, has them in a module
     `experts`, and as integers `num_experts` and `top_k`, how many there are and how many a token meets. Nothing but
     `light bench step` goes by these.

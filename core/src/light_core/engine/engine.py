@@ -91,7 +91,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             max_shared_len=self.runtime.kv_layout.max_shared_len,
             # On CPUs no pace was faster than none.
-            pace=pace_of(self.runtime) if paced and resolved.device.startswith("cuda") else None,
+            pace=pace_of(self.runtime, self.runner.replays_prompts) if paced and resolved.device.startswith("cuda") else None,
         )
         is_ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
         self._depth = 1 if is_ahead else 0

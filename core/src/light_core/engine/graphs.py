@@ -6,6 +6,7 @@ one buffer that all graphs share. Nothing here knows a model.
 
 import bisect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -30,15 +31,20 @@ class DecodeGraphs:
         make_step: a batch size to the step that reads the fixed regions.
         sizes: batch sizes, ascending.
         logits: `[max size, V]` buffer that every graph writes.
+        pool: memory of the graphs, as `torch.cuda.graph_pool_handle` gives it.
     """
 
     def __init__(
-        self, forward: Callable[[Step], torch.Tensor], make_step: Callable[[int], Step], sizes: list[int], logits: torch.Tensor
+        self,
+        forward: Callable[[Step], torch.Tensor],
+        make_step: Callable[[int], Step],
+        sizes: list[int],
+        logits: torch.Tensor,
+        pool: Any,
     ) -> None:
         self._forward, self._make_step, self._logits = forward, make_step, logits
-        self._sizes = sizes
+        self._sizes, self._pool = sizes, pool
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, sizes: list[int] | None = None) -> Iterator[int]:
         """Captures `sizes` (all if None), largest first so that the others fit in its memory; yields each when done."""

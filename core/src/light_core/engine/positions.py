@@ -39,8 +39,8 @@ class PositionAxes:
         """int32 `[3, n]` for tokens after their prompts; `rows` and `positions` int32 `[n]`. May be captured."""
         return (positions + self._table[rows.long()]).repeat(NUM_AXES, 1)
 
-    def of_plan(self, plan: StepPlan) -> torch.Tensor:
-        """int32 `[3, T]` of a step."""
+    def of_plan(self, plan: StepPlan, num_padding: int = 0) -> torch.Tensor:
+        """int32 `[3, T]` of a step, which ends with `num_padding` tokens of no request."""
         ends = np.cumsum(plan.query_lens)
         axes = np.tile(plan.positions + np.repeat(self._host[plan.rows], plan.query_lens), (NUM_AXES, 1))
         for index in range(plan.num_decodes, len(plan.requests)):
@@ -51,5 +51,6 @@ class PositionAxes:
             positions = plan.positions[first:stop]
             count = int(np.searchsorted(positions, known.shape[1]))  # those of the prompt; the rest is computed again
             axes[:, first : first + count] = known[:, positions[:count]]
+        axes = np.pad(axes, ((0, 0), (0, num_padding)))
         uploaded = torch.from_numpy(axes)
         return uploaded.pin_memory().to(self._table.device, non_blocking=True) if self._table.is_cuda else uploaded

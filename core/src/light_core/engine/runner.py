@@ -4,8 +4,9 @@ The runner decides nothing: what runs, where its KV goes and which rows are samp
 does not wait for the device; `Launched.result` does. Called by the engine alone, from one thread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 
 from light_core.engine.graphs import DecodeGraphs, batch_sizes
 from light_core.engine.media import EngineMedia
+from light_core.engine.pace import pace_of
+from light_core.engine.pieces import StepPieces, piece_sizes
 from light_core.engine.positions import PositionAxes
 from light_core.engine.requests import TokenLogprobs
 from light_core.engine.sampling import PendingLogprobs, Sampled, Sampler
@@ -76,11 +79,12 @@ class ModelRunner:
         tokens, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
         self._staging = Staging(
             {
-                "rows": ("int32", seqs),
-                "seq_lens": ("int32", seqs),
-                "prompt_lens": ("int32", seqs),
+                # One more request may be padding.
+                "rows": ("int32", seqs + 1),
+                "seq_lens": ("int32", seqs + 1),
+                "prompt_lens": ("int32", seqs + 1),
                 "shared_prefixes": ("int32", 3 * seqs),
-                "query_starts": ("int32", seqs + 1),
+                "query_starts": ("int32", seqs + 2),
                 "logits_rows": ("int64", seqs),
                 "wanted_requests": ("int64", seqs),
                 "slots": ("int64", tokens),
@@ -93,6 +97,7 @@ class ModelRunner:
         self.slot_table = torch.empty((seqs + 1, limits.max_model_len), dtype=torch.int32, device=self.device)
         self.kv: tuple[KVView, ...] = ()
         self._graphs: DecodeGraphs | None = None
+        self._pieces: StepPieces | None = None
         self._arange = torch.arange(seqs + 1, dtype=torch.int32, device=self.device)
         self._axes = PositionAxes(seqs, self.device) if media is not None and media.has_axes else None
 
@@ -100,36 +105,42 @@ class ModelRunner:
 
     def allocate_kv(self, num_slots: int) -> None:
         """Takes the KV pool: `num_slots` slots, the last of them for padding."""
-        self.kv = ()
-        self._graphs = None
+        self.close()
         self.kv = allocate(self.runtime.kv_layout, num_slots, self.device)
         self.num_slots = num_slots
         self.slot_table[-1].fill_(num_slots - 1)
 
     def close(self) -> None:
         """Drops KV and graphs; no step may be launched afterwards."""
-        self.kv, self._graphs = (), None
+        self.kv, self._graphs, self._pieces = (), None, None
 
     @torch.inference_mode()
     def profile(self, tokens: int | None = None) -> None:
         """Runs the largest step there can be (or one of `tokens`), on padding, so that its peak of memory shows and
         kernels compile. Its first chunk comes after a prefix, as kernels may need workspace for one."""
         tokens = tokens or self.limits.max_num_batched_tokens
+        step = self._padding_prompts(tokens, PROFILED_PREFIX)
+        rows = min(self.limits.max_num_seqs, step.num_tokens)
+        step.logits_rows = torch.arange(rows, device=self.device)
+        self.sampler.profile(self._forward(step))
+
+    def _padding_prompts(self, tokens: int, prefix: int = 0) -> Step:
+        """A step of `tokens` tokens of padding, as prompts, the first of them after `prefix` more, as far as the model's length
+        and the number of requests allow."""
         share = min(tokens, self.limits.max_model_len)
         lens = [share] * (tokens // share) + ([tokens % share] if tokens % share else [])
         lens = lens[: self.limits.max_num_seqs]
         total = sum(lens)
-        seq_lens = [min(lens[0] + PROFILED_PREFIX, self.limits.max_model_len), *lens[1:]]
+        seq_lens = [min(lens[0] + prefix, self.limits.max_model_len), *lens[1:]]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lens])
-        rows = min(self.limits.max_num_seqs, total)
         step = self._step(
             {
                 "rows": np.full(len(lens), self.limits.max_num_seqs, np.int32),
                 "seq_lens": np.asarray(seq_lens, np.int32),
                 "prompt_lens": np.asarray(lens, np.int32),
                 "query_starts": starts,
-                "logits_rows": np.arange(rows, dtype=np.int64),
+                "logits_rows": np.asarray([total - 1], np.int64),
                 "slots": np.full(total, self.num_slots - 1, np.int64),
                 "token_ids": np.zeros(total, np.int32),
                 "positions": positions,
@@ -142,46 +153,62 @@ class ModelRunner:
         step.prefill_lens = tuple(zip(lens, seq_lens))
         if self._axes is not None:
             step.media_positions = step.positions.repeat(3, 1)
-        logits = self._logits(self._hidden(step), step)
-        self.sampler.profile(logits)
+        return step
 
     @torch.inference_mode()
     def capture(self) -> Iterator[float]:
-        """Captures the decode graphs; yields the share that is done."""
+        """Captures the graphs of decodes, and of steps with prompts; yields the share that is done."""
         if not self._use_graphs:
             return
-        self._graphs = self._make_graphs()
-        for done, _ in enumerate(self._graphs.capture(), 1):
-            yield done / len(self.graph_sizes)
+        self._graphs, self._pieces = self._make_graphs()
+        count = len(self.graph_sizes) + len(self._pieces.sizes)
+        for done, _ in enumerate(chain(self._graphs.capture(), self._pieces.capture()), 1):
+            yield done / count
 
     @torch.inference_mode()
     def graph_bytes(self) -> int:
-        """What graphs of all sizes will take on the device, measured by capturing the largest and the smallest."""
+        """What graphs of all sizes will take on the device, measured by capturing the largest and the smallest of a kind."""
         if not self._use_graphs:
             return 0
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        before = torch.cuda.mem_get_info(self.device)[0]
-        graphs = self._make_graphs()
-        taken = []
-        for _ in graphs.capture([self.graph_sizes[-1], self.graph_sizes[0]]):
-            taken.append(before - torch.cuda.mem_get_info(self.device)[0])
-        del graphs
+        before, total = torch.cuda.mem_get_info(self.device)[0], 0
+        graphs, pieces = self._make_graphs()
+        for capture, sizes in ((graphs.capture, self.graph_sizes), (pieces.capture, pieces.sizes)):
+            free = [before]
+            for _ in capture([sizes[-1], sizes[0]] if len(sizes) > 1 else sizes):
+                free.append(torch.cuda.mem_get_info(self.device)[0])
+            each = max(free[-2] - free[-1], 0) if len(free) > 2 else 0
+            total += before - free[-1] + each * (len(sizes) - 2)
+            before = free[-1]
+        del graphs, pieces, capture
         torch.cuda.empty_cache()
-        each = max(taken[1] - taken[0], 0)
-        return int(taken[0] + each * (len(self.graph_sizes) - 1))
+        return int(total)
 
     @property
     def graph_sizes(self) -> list[int]:
         """Batch sizes of the decode graphs."""
         return batch_sizes(min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens))
 
-    def _make_graphs(self) -> DecodeGraphs:
-        sizes = self.graph_sizes
+    @property
+    def piece_sizes(self) -> list[int]:
+        """Numbers of tokens of steps with prompts that are captured, where the layers allow it: those that keep a GPU busy for
+        less time than the host needs to launch them kernel by kernel."""
+        limits = self.limits
+        return piece_sizes(min(pace_of(self.runtime), limits.max_num_batched_tokens, limits.max_model_len))
+
+    @property
+    def replays_prompts(self) -> bool:
+        """Whether steps with prompts are replayed, up to the largest of `piece_sizes`."""
+        return self._pieces is not None and len(self._pieces.sizes) > 0
+
+    def _make_graphs(self) -> tuple[DecodeGraphs, StepPieces]:
+        sizes, pool = self.graph_sizes, torch.cuda.graph_pool_handle()
         self._stage_padding(sizes[-1])
         sample = self._forward(self._decode_step(1))
         logits = torch.empty((sizes[-1], sample.shape[1]), dtype=sample.dtype, device=self.device)
-        return DecodeGraphs(self._forward, self._decode_step, sizes, logits)
+        graphs = DecodeGraphs(self._forward, self._decode_step, sizes, logits, pool)
+        return graphs, StepPieces(self.runtime, self.kv, self._padding_prompts, self.piece_sizes, pool)
 
     @torch.inference_mode()
     def decode_padding(self, size: int) -> torch.Tensor:
@@ -246,7 +273,8 @@ class ModelRunner:
             logits = self._graphs.replay(size)[:num_sampled]
         else:
             self._update_table(plan)  # a graph writes its decodes' slots itself
-            step = self._eager_step(plan)
+            padded = self._pieces.padded(plan.num_tokens) if self._pieces else None
+            step = self._eager_step(plan, 0 if padded is None else padded - plan.num_tokens)
             wanted = self._wanted(plan, step)
             hidden = self._hidden(step, wanted)
             prompt = self._prompt_logprobs(plan, hidden, step)
@@ -264,38 +292,41 @@ class ModelRunner:
             packed = packed.pin_memory().to(self.device, non_blocking=True)
         self.slot_table.index_put_((packed[0].long(), packed[1].long()), packed[2])
 
-    def _eager_step(self, plan: StepPlan) -> Step:
-        starts = np.zeros(len(plan.rows) + 1, np.int32)
-        np.cumsum(plan.query_lens, out=starts[1:])
+    def _eager_step(self, plan: StepPlan, num_padding: int) -> Step:
+        """`plan` and one more prompt, of `num_padding` tokens on the padding slot."""
+        padding = [num_padding] if num_padding else []
+        query_lens, seq_lens = _extended(plan.query_lens, padding), _extended(plan.seq_lens, padding)
+        starts = np.zeros(len(query_lens) + 1, np.int32)
+        np.cumsum(query_lens, out=starts[1:])
         # Where no token is wanted, the last one stands in.
-        ends = starts[1:] - 1
+        ends = starts[1 : len(plan.rows) + 1] - 1
         logits_rows = plan.sample_rows if len(plan.sample_rows) else ends[-1:]
         step = self._step(
             {
-                "rows": plan.rows,
-                "seq_lens": plan.seq_lens,
-                "prompt_lens": plan.prompt_lens,
+                "rows": _extended(plan.rows, [self.limits.max_num_seqs] * len(padding)),
+                "seq_lens": seq_lens,
+                "prompt_lens": _extended(plan.prompt_lens, padding),
                 "shared_prefixes": _shared_prefixes(plan.shared_prefixes, self.limits.max_num_seqs),
                 "query_starts": starts,
                 "logits_rows": logits_rows,
                 "wanted_requests": np.searchsorted(ends, logits_rows),
-                "slots": plan.slots,
-                "token_ids": plan.token_ids,
-                "positions": plan.positions,
-                "context_lens": plan.context_lens,
+                "slots": _extended(plan.slots, [self.num_slots - 1] * num_padding),
+                "token_ids": _extended(plan.token_ids, [0] * num_padding),
+                "positions": _extended(plan.positions, range(num_padding)),
+                "context_lens": _extended(plan.context_lens, padding * num_padding),
             },
             num_decodes=plan.num_decodes,
-            max_query_len=int(plan.query_lens.max()),
-            max_seq_len=int(plan.seq_lens.max()),
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(seq_lens.max()),
         )
         prefills = slice(plan.num_decodes, None)
-        step.prefill_lens = tuple(zip(plan.query_lens[prefills].tolist(), plan.seq_lens[prefills].tolist()))
+        step.prefill_lens = tuple(zip(query_lens[prefills].tolist(), seq_lens[prefills].tolist()))
         if plan.shared_prefixes is not None:
             step.shared_prefixes = self._shared_prefixes(plan.num_decodes)
         if plan.media and self.media is not None:
             step.media = self.media.tokens(plan.media)
         if self._axes is not None:
-            step.media_positions = self._axes.of_plan(plan)
+            step.media_positions = self._axes.of_plan(plan, num_padding)
         if plan.num_decodes:
             step.token_ids[: plan.num_decodes] = self.sampler.last_tokens[step.rows[: plan.num_decodes].long()]
         return step
@@ -303,7 +334,7 @@ class ModelRunner:
     def _wanted(self, plan: StepPlan, step: Step) -> Step | None:
         """What the last layer goes on with; None where that is everything."""
         count = step.logits_rows.shape[0]
-        if not self._narrows or plan.prompt_logprobs or count == plan.num_tokens:
+        if not self._narrows or plan.prompt_logprobs or count == step.num_tokens:
             return None
         return wanted_step(step, self._staging.view("wanted_requests", count))
 
@@ -325,14 +356,14 @@ class ModelRunner:
             prompt_lens=tensors["prompt_lens"],
         )
 
-    def _hidden(self, step: Step, wanted: Step | None = None) -> Hidden:
-        return hidden_states(self.runtime, self.kv, step, wanted)
+    def _hidden(self, step: Step, wanted: Step | None) -> Hidden:
+        return hidden_states(self.runtime, self.kv, step, wanted, None if self._pieces is None else self._pieces.run)
 
     def _logits(self, hidden: Hidden, step: Step) -> torch.Tensor:
         return self.runtime.post(hidden, step)
 
     def _forward(self, step: Step) -> torch.Tensor:
-        return self._logits(self._hidden(step), step)
+        return self._logits(hidden_states(self.runtime, self.kv, step), step)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Hidden, step: Step) -> list[list[PendingLogprobs]]:
         """Logprobs of the prompt tokens that `plan` asks for, a few hundred rows of logits at a time."""
@@ -347,6 +378,10 @@ class ModelRunner:
                 pieces.append(self.sampler.prompt_logprobs(logits, targets, wanted.top_n))
             results.append(pieces)
         return results
+
+
+def _extended(values: npt.NDArray[Any], more: Sequence[int]) -> npt.NDArray[Any]:
+    return np.concatenate((values, np.asarray(more, values.dtype))) if len(more) else values
 
 
 def _padding(size: int, padding_row: int, padding_slot: int) -> dict[str, npt.NDArray[Any]]:

@@ -7,11 +7,12 @@ keys and values. Not in steps whose prompt tokens' logprobs are wanted too; deco
 the driver of the conformance tests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
+from light_core.engine.pieces import run_layers
 from light_core.plugins import ModelRuntime
 from light_core.types import Hidden, KVView, Step
 
@@ -59,9 +60,22 @@ def _more_places(places: torch.Tensor, decodes: torch.Tensor) -> torch.Tensor:
     return torch.cat((places, torch.stack((alone, torch.zeros_like(alone), torch.zeros_like(alone)))), dim=1)
 
 
-def hidden_states(runtime: ModelRuntime, kv: Sequence[KVView], step: Step, wanted: Step | None = None) -> Hidden:
-    """What the layers make of `step`: of all its tokens, or with `wanted` (see `wanted_step`) of those."""
+def hidden_states(
+    runtime: ModelRuntime,
+    kv: Sequence[KVView],
+    step: Step,
+    wanted: Step | None = None,
+    most_layers: Callable[[Hidden, Step], Hidden] | None = None,
+) -> Hidden:
+    """What the model makes of `step`, up to its post layer: of all its tokens, or with `wanted` (see `wanted_step`) of those.
+
+    Args:
+        runtime: the model.
+        kv: planes of its layers.
+        step: the step.
+        wanted: what the last layer goes on with.
+        most_layers: does what all layers but the last do; None calls them.
+    """
     hidden = runtime.pre(step)
-    for layer, planes in zip(runtime.layers[:-1], kv[:-1], strict=True):
-        hidden = layer(hidden, step, planes)
+    hidden = run_layers(runtime, kv, hidden, step) if most_layers is None else most_layers(hidden, step)
     return runtime.layers[-1](hidden, step if wanted is None else replace(step, wanted=wanted), kv[-1])

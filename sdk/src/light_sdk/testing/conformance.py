@@ -375,6 +375,17 @@ class FamilyConformance:
         run.last((middle, 1), (late, 1))
 
     @allows(LOGITS)
+    def test_layers_by_tokens(self, case: Case) -> None:
+        """All layers but the last read nothing of a step but what belongs to its tokens, and give the step itself to ops alone, so
+        that core can replay steps with prompts."""
+        runtime = load_model(case.folder, self.plugins, max_model_len=MAX_MODEL_LEN, kernels={"attention": "reference"})
+        run = Run(case, Driver(runtime, by_tokens=True))
+        short, long, late = (run.start(index) for index in (1, 0, 3))
+        run.step((short, 5), (long, 11))
+        run.step((short, 1), (long, 13), (late, 9))
+        run.last((short, 1), (long, 20), (late, 19))
+
+    @allows(LOGITS)
     def test_padding(self, case: Case) -> None:
         """Requests that only fill up a batch, as under CUDA graphs, change nothing for the others."""
         run = Run(case, Driver(case.runtime))

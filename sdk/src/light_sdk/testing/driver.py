@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from light_core.engine.pieces import run_by_tokens
 from light_core.engine.wanted import hidden_states, narrows, wanted_step
 from light_core.plugins import ModelRuntime
-from light_core.types import KVLayout, MediaSpan, MediaTokens, Step
+from light_core.types import Hidden, KVLayout, MediaSpan, MediaTokens, Step
 
 __all__ = ["Driver", "DriverRequest"]
 
@@ -67,10 +68,13 @@ class Driver:
         num_slots: of the KV pool; the last is for padding and never given out.
         max_num_seqs: requests at a time.
         seed: slots are handed out in an order shuffled by it; None hands them out in ascending order.
+        by_tokens: layers but the last see of a step what belongs to tokens alone, as while core records them.
     """
 
-    def __init__(self, runtime: ModelRuntime, num_slots: int = 512, max_num_seqs: int = 8, seed: int | None = None) -> None:
-        self.runtime, self.num_slots = runtime, num_slots
+    def __init__(
+        self, runtime: ModelRuntime, num_slots: int = 512, max_num_seqs: int = 8, seed: int | None = None, by_tokens: bool = False
+    ) -> None:
+        self.runtime, self.num_slots, self._by_tokens = runtime, num_slots, by_tokens
         self.device = torch.device(runtime.model.device)
         self.kv = allocate_kv(runtime.kv_layout, num_slots, self.device)
         max_len = runtime.model.limits.max_model_len
@@ -203,9 +207,13 @@ class Driver:
     def run(self, step: Step, wanted: Step | None = None) -> torch.Tensor:
         """The model's forward pass: `[R, V]`, on the device and in the dtype that the model gives."""
         with torch.inference_mode():
-            hidden = hidden_states(self.runtime, self.kv, step, wanted)
+            layers = self._run_by_tokens if self._by_tokens else None
+            hidden = hidden_states(self.runtime, self.kv, step, wanted, layers)
             logits: torch.Tensor = self.runtime.post(hidden, wanted or step)
         return logits
+
+    def _run_by_tokens(self, hidden: Hidden, step: Step) -> Hidden:
+        return run_by_tokens(self.runtime, self.kv, hidden, step.shared, step)
 
     def _is_decode(self, request: DriverRequest, count: int) -> bool:
         return count == 1 and request.num_computed >= request.prompt_len
