@@ -82,7 +82,7 @@ class Rehearsal:
             for size in (largest, *others):
                 yield f"{size} decodes", partial(runner.decode_padding, size)
             for size in reversed(runner.piece_sizes):
-                yield f"prompts of {size} tokens", partial(runner.profile, size)
+                yield f"prompts of {size} tokens", partial(runner.prompt_padding, size)
         # The last layer goes on with less than the others in the steps to come (`wanted.py`).
         runner.runtime = replace(runner.runtime, layers=(*runner.runtime.layers, runner.runtime.layers[-1]))
         runner.kv = (*runner.kv, runner.kv[-1])

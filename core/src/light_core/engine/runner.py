@@ -216,6 +216,11 @@ class ModelRunner:
         self._stage_padding(size)
         return self._forward(self._decode_step(size))
 
+    @torch.inference_mode()
+    def prompt_padding(self, size: int) -> torch.Tensor:
+        """Logits `[1, V]` of a step of `size` tokens of padding, as prompts: what is captured for that size is part of it."""
+        return self._forward(self._padding_prompts(size))
+
     def _stage_padding(self, size: int) -> None:
         self._staging.upload(_padding(size, self.limits.max_num_seqs, self.num_slots - 1))
 
