@@ -71,6 +71,13 @@ def test_greedy_equals_transformers(tiny: tuple[str, Any], expected: list[list[i
     llm.shutdown()
 
 
+def test_kernels_are_compiled_ahead(llama: tuple[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="light_core"):
+        engine(llama[0]).shutdown()
+    told = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
+    assert len(told) == 1 and "kernels compiled ahead" in told[0], told
+
+
 def test_steps_with_prompts_are_replayed(tiny: tuple[str, Any], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, run_pieces = [], StepPieces.run
     monkeypatch.setattr(StepPieces, "run", lambda self, hidden, step: sizes.append(step.num_tokens) or run_pieces(self, hidden, step))

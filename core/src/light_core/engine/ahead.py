@@ -52,8 +52,9 @@ class AheadCompilation:
                     if self._is_cancelled:
                         return
             start_libraries(self._rehearsal.ops)
-        except Exception:  # of a third party's op, of torch or of Triton: the steps themselves will tell
-            logger.debug("the steps after %s are not rehearsed; their kernels are compiled when they are launched", name, exc_info=True)
+        except Exception as error:  # of a third party's op, of torch or of Triton: the steps themselves will tell
+            logger.info("kernels of the steps after %s are compiled when they are launched: %r", name, error)
+            logger.debug("not rehearsed", exc_info=True)
 
     def collect(self) -> None:
         """Waits until every kernel of the steps to come has been asked for. Before anything is launched."""
@@ -96,6 +97,7 @@ def _start(resolved: Resolved, config: EngineConfig) -> AheadCompilation | None:
         from light_core.engine.rehearsal import Rehearsal
 
         return AheadCompilation(Rehearsal(resolved, config), CompileQueue(min(MAX_THREADS, len(os.sched_getaffinity(0)))))
-    except Exception:  # a plugin that does not bear it, a fault that the engine's own binding tells, another Triton or torch
-        logger.debug("kernels are compiled when they are launched", exc_info=True)
+    except Exception as error:  # a plugin that does not bear it, a fault that the engine's own binding tells, another Triton or torch
+        logger.info("kernels are compiled when they are launched: %r", error)
+        logger.debug("not rehearsed", exc_info=True)
         return None

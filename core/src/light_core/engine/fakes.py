@@ -117,8 +117,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     """`func` of fake tensors, by shapes alone. What it gives back of its arguments is the same object."""
     if func is torch.ops.aten.copy_.default and not isinstance(args[0], _FakeTensor):
         return args[0]  # to the host, which gets nothing
-    if torch.Tag.out in func.tags:  # its results are the places given for them
-        outs = [kwargs[argument.name] for argument in func._schema.arguments if argument.is_out]
+    if outs := [kwargs[argument.name] for argument in func._schema.arguments if _is_out(argument)]:
         return outs[0] if len(outs) == 1 else tuple(outs)
     if func is torch.ops.aten.addmm.default:  # whose own rule would import torch's compiler, as those of `_combined`
         func, args, kwargs = torch.ops.aten.mm.default, args[1:3], {}
@@ -144,6 +143,11 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     args, options = tree_map(to_meta, (args, dict(kwargs)))
     combines = func in UNTAGGED or (torch.Tag.pointwise in func.tags and not func._schema.is_mutable)
     return tree_map(to_fake, _combined(func, args, options) if combines else func(*args, **options))
+
+
+def _is_out(argument: Any) -> bool:
+    """Whether an argument of a schema is the place for a result."""
+    return bool(argument.kwarg_only and argument.alias_info is not None and argument.alias_info.is_write)
 
 
 def _combined(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
