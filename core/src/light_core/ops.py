@@ -214,7 +214,7 @@ class OpTable:
 
     @contextmanager
     def recording(self, recorder: "Recorder") -> Iterator[None]:
-        """Within, `recorder` is called in the place of ops that have a parameter `step`. Their methods are called as ever.
+        """Within, `recorder` is called in the place of ops that have a parameter `step`. What else such an op can do is not there.
 
         Args:
             recorder: gets the implementation, its positional and its keyword arguments; gives what the call is to give.
@@ -246,6 +246,8 @@ class _StepOp:
         return self._implementation(*args, **options) if recorder is None else recorder(self._implementation, args, options)
 
     def __getattr__(self, name: str) -> Any:
+        if self._table._recorder is not None:
+            raise AttributeError(f"{name} of an op that is recorded")
         return getattr(self._implementation, name)
 
 

@@ -152,6 +152,43 @@ def test_with_rotary_leaves_chunks(lens, make_batch) -> None:
         torch.testing.assert_close(tensor, before, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "rotary_dim", "interleaved", "window"),
+    [((8, 4, 32), 32, False, None), ((6, 2, 24), 16, True, 11), ((5, 1, 40), 24, False, 50), ((40, 1, 16), 16, True, None)],
+    ids=str,
+)
+def test_decodes_with_rotary(
+    heads, rotary_dim, interleaved, window, dtype, device, make_batch, new_tokens, after_rotary, tolerances, monkeypatch
+) -> None:
+    """As the references of `rotary_kv` and `attention`, one after the other, with requests that are cut and ones that are not;
+    what the pool has in the new tokens' places does not count."""
+    from light_sdk.ops.attention import decode, kernel
+
+    monkeypatch.setattr(decode, "MAX_GROUP_TILE", 32)
+    monkeypatch.setattr(kernel, "decode_config", lambda q: DecodeConfig(16, 4, 2, 30, 1))
+    batch = make_batch([1, 65, 12, 16, 17, 200, 33], [], heads, dtype=dtype, device=device)
+    new = new_tokens(batch, rotary_dim)
+    expected, caches = after_rotary(batch, *new, interleaved, window)
+    q, k, v, cos_sin = new
+    before = q.clone(), k.clone()
+    arguments = batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved
+    assert kernel.attention.with_rotary(*arguments)
+    torch.testing.assert_close(batch.out, expected, **tolerances(dtype))
+    torch.testing.assert_close(batch.k_cache, caches[0], equal_nan=True, **tolerances(dtype))
+    torch.testing.assert_close(batch.v_cache, caches[1], equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(q, before[0]) and torch.equal(k, before[1])
+
+
+def test_steps_with_prompts_are_left_to_the_two_ops(device, make_batch, new_tokens) -> None:
+    from light_sdk.ops.attention.kernel import attention
+
+    batch = make_batch([9, 8], [(3, 3)], (4, 2, 16), device=device)
+    q, k, v, cos_sin = new_tokens(batch, 16)
+    assert not attention.with_rotary(batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, None, cos_sin)
+    assert batch.out.isnan().all() and batch.k_cache[batch.step.slots].isnan().all()
+
+
 def check_kernel(batch, tolerance: dict[str, float], scale: float, window: int | None = None, slopes: torch.Tensor | None = None) -> None:
     from light_sdk.ops.attention.kernel import attention
 
@@ -240,31 +277,32 @@ def test_layers_of_a_step_may_differ(device, make_batch, tolerances) -> None:
 @pytest.mark.parametrize("num_decodes", [1, 3, 100])
 @pytest.mark.parametrize("window", [None, 70])
 def test_plan_covers_every_key_once(num_decodes, window, device, make_batch) -> None:
-    from light_sdk.ops.attention.decode import _create_plan
+    from light_sdk.ops.attention.plan import plan_decodes
 
     lens = torch.randint(1, 400, (num_decodes,), generator=torch.Generator().manual_seed(num_decodes)).tolist()
     batch = make_batch(lens, [], GQA, device=device)
-    plan = _create_plan(batch.step, batch.q, window, 2, DecodeConfig(16, 4, 2, 30, 1))
+    plan = plan_decodes(batch.step, batch.q, window, 2, DecodeConfig(16, 4, 2, 30, 1))
     first_parts = plan.first_parts.tolist()
     assert first_parts[0] == 0 and first_parts[-1] == int(plan.counts[0]) <= plan.items.shape[1] == plan.partial.shape[0]
     items = plan.items[:, : int(plan.counts[0])].T.tolist()
     for b, seq_len in enumerate(lens):
         span = range(first_parts[b], first_parts[b + 1])
-        begins, ends, parts = zip(*(item[1:] for item in items if item[0] == b), strict=True)
+        begins, ends, parts, rows = zip(*(item[1:] for item in items if item[0] == b), strict=True)
+        assert set(rows) == {int(batch.step.rows[b])}
         assert list(parts) == ([-1] if len(span) == 1 else list(span))
         assert begins[0] == (0 if window is None else max(0, seq_len - window)) and ends[-1] == seq_len
         assert begins[1:] == ends[:-1] and all(begin < end for begin, end in zip(begins, ends, strict=True))
-    longest_of_requests = [-(-(end - begin) // 16) for _, begin, end, part in items if part in (-1, *first_parts)]
+    longest_of_requests = [-(-(end - begin) // 16) for _, begin, end, part, _ in items if part in (-1, *first_parts)]
     assert len(longest_of_requests) == num_decodes
     assert longest_of_requests == sorted(longest_of_requests, reverse=True), "no long one is left for the end"
 
 
 def test_plan_spreads_a_long_request(device, make_batch) -> None:
     """One long request among short ones is cut; the short ones are not."""
-    from light_sdk.ops.attention.decode import _create_plan
+    from light_sdk.ops.attention.plan import plan_decodes
 
     batch = make_batch([16] * 20 + [1600], [], GQA, device=device)
-    plan = _create_plan(batch.step, batch.q, None, 2, DecodeConfig(16, 4, 2, 40, 1))
+    plan = plan_decodes(batch.step, batch.q, None, 2, DecodeConfig(16, 4, 2, 40, 1))
     counts = plan.first_parts.diff().tolist()
     assert counts[:-1] == [1] * 20 and counts[-1] >= 10
 
@@ -324,6 +362,23 @@ def test_neighbours_do_not_matter(path, device, make_batch, tolerances) -> None:
 def test_large(dtype, heads, window, alibi, make_batch, tolerances) -> None:
     batch = make_batch([1, 2, 127, 4000, 129, 1025], [(1500, 1500), (3001, 700), (2048, 1)], heads, device="cuda", dtype=dtype)
     check_kernel(batch, tolerances(dtype), heads[2] ** -0.5, window, alibi_slopes(heads[0]).cuda() if alibi else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(32, 8, 128), (28, 4, 128), (8, 8, 80), (48, 1, 128), (16, 2, 256)], ids=str)
+@pytest.mark.parametrize(("interleaved", "window"), [(False, None), (True, 512)])
+def test_large_with_rotary(dtype, heads, interleaved, window, make_batch, new_tokens, after_rotary, tolerances) -> None:
+    from light_sdk.ops.attention.kernel import attention
+
+    batch = make_batch([1, 2, 127, 4000, 129, 1025, 16], [], heads, device="cuda", dtype=dtype)
+    q, k, v, cos_sin = new_tokens(batch, heads[2] // 2 if interleaved else heads[2])
+    expected, caches = after_rotary(batch, q, k, v, cos_sin, interleaved, window)
+    arguments = batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved
+    assert attention.with_rotary(*arguments)
+    torch.testing.assert_close(batch.out, expected, **tolerances(dtype))
+    torch.testing.assert_close(batch.k_cache, caches[0], equal_nan=True, **tolerances(dtype))
+    torch.testing.assert_close(batch.v_cache, caches[1], equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

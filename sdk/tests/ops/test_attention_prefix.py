@@ -67,6 +67,23 @@ def test_groups(groups, device, make_batch, tolerances) -> None:
     check(batch, tolerances(torch.float32))
 
 
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(16, False), (8, True)])
+def test_groups_with_rotary(groups, rotary_dim, interleaved, device, make_batch, new_tokens, after_rotary, tolerances) -> None:
+    """Queries are turned for the prefix too, and new keys and values come from the step."""
+    from light_sdk.ops.attention.decode import NewTokens, decode_attention
+
+    batch = make_batch(LENS, [], GQA, device=device)
+    share(batch, GROUPS[groups])
+    q, k, v, cos_sin = new_tokens(batch, rotary_dim)
+    expected, caches = after_rotary(batch, q, k, v, cos_sin, interleaved)
+    new = NewTokens(k, v, batch.step.slots, cos_sin, interleaved)
+    decode_attention(batch.out, q, batch.k_cache, batch.v_cache, batch.step, 0.3, None, None, DECODE, PREFIX, new)
+    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+    torch.testing.assert_close(batch.k_cache, caches[0], equal_nan=True, **tolerances(torch.float32))
+    torch.testing.assert_close(batch.v_cache, caches[1], equal_nan=True, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("heads", [(3, 3, 16), (7, 1, 16), (8, 1, 24), (24, 1, 16)], ids=str)
 def test_head_groups(heads, device, make_batch, tolerances) -> None:
     """Tiles that rows do not fill, and one too small for two requests, where nothing is shared."""
@@ -165,20 +182,20 @@ def test_cpu_reads_it_all_the_same(make_batch, tolerances) -> None:
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("waves", [1, 6])
 def test_plan_covers_every_key_once(groups, waves, device, make_batch) -> None:
-    from light_sdk.ops.attention.decode import _create_plan
+    from light_sdk.ops.attention.plan import plan_decodes
     from light_sdk.ops.attention.prefix import PrefixTiling
 
     batch = make_batch(LENS, [], GQA, device=device)
     share(batch, GROUPS[groups])
     config = PrefixConfig(16, 16, 4, 2, 2, waves, 1)
-    plan = _create_plan(batch.step, batch.q, None, 2, DECODE, PrefixTiling(16, 4, waves, config))
+    plan = plan_decodes(batch.step, batch.q, None, 2, DECODE, PrefixTiling(16, 4, waves, config))
     num_items, num_tiles = plan.counts.tolist()
     first_parts, num_parts = plan.first_parts.tolist(), plan.partial.shape[0]
     assert num_items <= plan.items.shape[1] and num_tiles <= plan.tiles.shape[1] and first_parts[-1] <= num_parts
     places = batch.step.shared_prefixes.T.tolist()
     place_of = {request: place for place, (request, _, _) in enumerate(places)}
     ranges: dict[int, list[tuple[int, int, int]]] = {place: [] for place in range(len(places))}
-    for request, begin, end, part in plan.items[:, :num_items].T.tolist():
+    for request, begin, end, part in plan.items[:4, :num_items].T.tolist():
         ranges[place_of[request]].append((part, begin, end))
     for first, begin, end, split in plan.tiles[:, :num_tiles].T.tolist():
         group = first - places[first][2]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["cut"]
+__all__ = ["cut", "write_row"]
 
 
 @triton.jit
@@ -29,3 +29,10 @@ def cut(
     tl.store(entry + stride, begins, mask=mask)
     tl.store(entry + 2 * stride, tl.minimum(begins + length, end), mask=mask)
     tl.store(entry + 3 * stride, tl.where(first_part < 0, -1, first_part + split), mask=mask)
+
+
+@triton.jit
+def write_row(line_ptr: tl.tensor, first_entry: tl.tensor, row: tl.tensor, splits: tl.tensor, BLOCK_SPLITS: tl.constexpr) -> None:
+    """Writes `row` to `splits` entries of one line of the table."""
+    split = tl.arange(0, BLOCK_SPLITS)
+    tl.store(line_ptr + first_entry + split, row + tl.zeros_like(split), mask=split < splits)

@@ -1,12 +1,10 @@
 """Decode attention: one query token a request over token-indexed KV, split along the keys (flash-decoding).
 
-Three kernels. `_plan_kernel` cuts the requests of a step into items of about equal length, from `seq_lens` on the
-device, so that a captured CUDA graph stays right for every length and one long request among short ones is spread
-over the GPU; it runs once a step, its result lives in `step.shared`. `_decode_kernel` attends one item for all query
-heads of one key/value head (padded to the 16 rows that tensor cores take). `_combine_kernel` joins the parts of
-requests that were split. It is a kernel of its own, with many small programs: an item's program that joined the parts
-at its end would keep the next item off its processor (77 microseconds for 52 at 64 requests of 640 tokens on an H200),
-and a few programs that took one request after the other would be slower too (59).
+`plan.py` cuts the requests of a step into items of about equal length, once a step; its result lives in `step.shared`.
+`_decode_kernel` attends one item for all query heads of one key/value head (padded to the 16 rows that tensor cores
+take). `_combine_kernel` joins the parts of requests that were split. It is a kernel of its own, with many small programs:
+an item's program that joined the parts at its end would keep the next item off its processor (77 microseconds for 52 at
+64 requests of 640 tokens on an H200), and a few programs that took one request after the other would be slower too (59).
 
 Where `step.shared_prefixes` is there, requests are taken in its order; what a group shares is cut off, attended tile by
 tile in `prefix.py`, and joined as one more part of each member. With a window or slopes it is not made use of.
@@ -23,20 +21,32 @@ import triton
 import triton.language as tl
 
 from light_core.types import Step
+from light_sdk.ops.attention.plan import DecodePlan, plan_decodes
 from light_sdk.ops.attention.prefix import PrefixTiling, prefix_attention, prefix_tiling
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, prefix_config
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.splits import cut
-from light_sdk.ops.tuning import next_power_of_2, num_processors
+from light_sdk.ops.rotary.kernel import load_turned
+from light_sdk.ops.tuning import next_power_of_2
 
-__all__ = ["decode_attention"]
+__all__ = ["NewTokens", "decode_attention"]
 
 _SHARED = "light_sdk.attention.decode"
 MAX_GROUP_TILE = 64
-MIN_BLOCK_B = 256  # small batches plan with one kernel, compiled when graphs are captured
 MAX_COMBINING = 4096
 """Programs of the kernel that joins parts which a large GPU has at the same time. With more of them, one after the other, it
 would take longest to find out that most requests have nothing to join."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What the op `rotary_kv` is given of the step's tokens: keys and values that are not in the pool yet, and the angles by
+    which they, and the queries, are to be turned. `slots_T` are those of the step."""
+
+    k_TKD: torch.Tensor
+    v_TKD: torch.Tensor
+    slots_T: torch.Tensor
+    cos_sin_TR: torch.Tensor
+    interleaved: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ class _Launch:
         combine_grid, combine_constants: of the one that joins parts; no grid where no request is split.
     """
 
-    plan: _Plan
+    plan: DecodePlan
     tiling: PrefixTiling | None
     grid: tuple[int, int]
     constants: dict[str, Any]
@@ -94,93 +104,7 @@ class _Launch:
     combine_constants: dict[str, Any]
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("seq_lens_ptr", "shared_ptr", "items_stride", "tiles_stride", "shared_stride", "num_decodes"),
-        *("budget", "min_blocks", "prefix_budget", "prefix_min_blocks", "window"),
-    ]
-)
-def _plan_kernel(
-    seq_lens_ptr: tl.tensor,
-    shared_ptr: tl.tensor,
-    first_parts_ptr: tl.tensor,
-    items_ptr: tl.tensor,
-    tiles_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    items_stride: tl.tensor,
-    tiles_stride: tl.tensor,
-    shared_stride: tl.tensor,
-    num_decodes: tl.tensor,
-    budget: tl.tensor,
-    min_blocks: tl.tensor,
-    prefix_budget: tl.tensor,
-    prefix_min_blocks: tl.tensor,
-    window: tl.tensor,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    TILE_REQUESTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PREFIX_BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-) -> None:
-    """One program a place. Each counts the blocks of all requests, so none waits for another."""
-    release(DEPENDENT)
-    wait(DEPENDENT)
-    place = tl.program_id(0)
-    index = tl.arange(0, BLOCK_B)
-    exists, here, before = index < num_decodes, index == place, index < place
-    requests = index
-    if HAS_SHARED:
-        requests = tl.load(shared_ptr + index, mask=exists, other=0)
-    seq_lens = tl.load(seq_lens_ptr + requests, mask=exists, other=0)
-    visible = tl.minimum(seq_lens, window) if HAS_WINDOW else seq_lens
-    if HAS_SHARED:
-        shared = tl.load(shared_ptr + shared_stride + index, mask=exists, other=0)
-        visible = seq_lens - shared
-    blocks = (visible + BLOCK_N - 1) // BLOCK_N
-    chunk = tl.maximum((tl.sum(blocks, axis=0) + budget - 1) // budget, min_blocks)
-    splits = tl.where(exists, tl.maximum((blocks + chunk - 1) // chunk, 1), 0)
-    parts = splits
-    if HAS_SHARED:
-        members = tl.load(shared_ptr + 2 * shared_stride + index, mask=exists, other=0)
-        is_first = (shared > 0) & (members % TILE_REQUESTS == 0)
-        tile_blocks = (shared + PREFIX_BLOCK_N - 1) // PREFIX_BLOCK_N
-        all_blocks = tl.sum(tl.where(is_first, tile_blocks, 0), axis=0)
-        tile_chunk = tl.maximum((all_blocks + prefix_budget - 1) // prefix_budget, prefix_min_blocks)
-        tile_splits = (tile_blocks + tile_chunk - 1) // tile_chunk
-        parts += tile_splits
-
-    request = tl.sum(tl.where(here, requests, 0), axis=0)
-    end = tl.sum(tl.where(here, seq_lens, 0), axis=0)
-    own_begin = end - tl.sum(tl.where(here, visible, 0), axis=0)
-    own_splits = tl.sum(tl.where(here, splits, 0), axis=0)
-    own_parts = tl.sum(tl.where(here, parts, 0), axis=0)
-    # The longest items come first, so that none of them is alone at the end.
-    item_blocks = (blocks + splits - 1) // tl.maximum(splits, 1)
-    own_blocks = tl.sum(tl.where(here, item_blocks, 0), axis=0)
-    earlier = (item_blocks > own_blocks) | ((item_blocks == own_blocks) & before)
-    first_item = tl.sum(tl.where(earlier, splits, 0), axis=0)
-    first_part = tl.sum(tl.where(before, parts, 0), axis=0)
-    item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
-    cut(items_ptr, items_stride, first_item, request, own_begin, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
-    tl.store(first_parts_ptr + place, first_part)
-    if HAS_SHARED:
-        tiles = tl.where(is_first, tile_splits, 0)
-        own_tiles = tl.sum(tl.where(here, tiles, 0), axis=0)
-        own_shared = tl.sum(tl.where(here, shared, 0), axis=0)
-        first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
-        cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, PREFIX_BLOCK_N, BLOCK_TILES)
-        if place == num_decodes - 1:
-            tl.store(counts_ptr + 1, first_tile + own_tiles)
-    if place == num_decodes - 1:
-        tl.store(first_parts_ptr + num_decodes, first_part + own_parts)
-        tl.store(counts_ptr, tl.sum(splits, axis=0))
-
-
-@triton.jit(do_not_specialize=["seq_lens_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["seq_lens_ptr"])
 def _decode_kernel(
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
@@ -189,10 +113,13 @@ def _decode_kernel(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     slopes_ptr: tl.tensor,
+    new_k_ptr: tl.tensor,
+    new_v_ptr: tl.tensor,
+    new_slots_ptr: tl.tensor,
+    cos_sin_ptr: tl.tensor,
     num_items_ptr: tl.tensor,
     items_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
     slot_table_ptr: tl.tensor,
     items_stride: tl.tensor,
     out_stride_t: tl.tensor,
@@ -203,22 +130,41 @@ def _decode_kernel(
     k_stride_h: tl.tensor,
     v_stride_s: tl.tensor,
     v_stride_h: tl.tensor,
+    new_k_stride_t: tl.tensor,
+    new_k_stride_h: tl.tensor,
+    new_v_stride_t: tl.tensor,
+    new_v_stride_h: tl.tensor,
+    cos_sin_stride_t: tl.tensor,
     slot_table_stride: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    """A grid of items by key/value heads (times tiles of a group that is larger than BLOCK_G)."""
+    """A grid of items by key/value heads (times tiles of a group that is larger than BLOCK_G).
+
+    With HAS_NEW the keys and values of the step's tokens are not in the pool yet: the last item of each request has its
+    token's in registers, and stores them.
+    """
     release(DEPENDENT)
     wait(DEPENDENT)
     item = tl.program_id(0)
-    if item >= tl.load(num_items_ptr):
+    # All at once, and before it is known whether there is such an item: one wait for memory instead of three.
+    num_items = tl.load(num_items_ptr)
+    request = tl.load(items_ptr + item)
+    begin = tl.load(items_ptr + items_stride + item)
+    end = tl.load(items_ptr + 2 * items_stride + item)
+    part = tl.load(items_ptr + 3 * items_stride + item)
+    slot_row = tl.load(items_ptr + 4 * items_stride + item)
+    if item >= num_items:
         return
     group_tiles: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     kv_head = tl.program_id(1) // group_tiles
@@ -229,24 +175,35 @@ def _decode_kernel(
     d_mask = d < HEAD_DIM
     q_mask = head_mask[:, None] & d_mask[None, :]
 
-    request = tl.load(items_ptr + item)
-    begin = tl.load(items_ptr + items_stride + item)
-    end = tl.load(items_ptr + 2 * items_stride + item)
-    part = tl.load(items_ptr + 3 * items_stride + item)
     token = request.to(tl.int64)
-    query_position = tl.load(seq_lens_ptr + request) - 1
-    slots_ptr = slot_table_ptr + tl.load(rows_ptr + request).to(tl.int64) * slot_table_stride
+    slots_ptr = slot_table_ptr + slot_row.to(tl.int64) * slot_table_stride
 
     log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
-    q = tl.load(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h + d[None, :], mask=q_mask, other=0.0)
+    angles_ptr = cos_sin_ptr + token * cos_sin_stride_t if HAS_NEW else cos_sin_ptr
+    q = load_turned(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h, angles_ptr, d[None, :], q_mask, HALF, INTERLEAVED)
     if HAS_ALIBI:
         slopes = tl.load(slopes_ptr + heads, mask=head_mask, other=0.0) * log2_e
+        query_position = tl.load(seq_lens_ptr + request) - 1
     highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
+    in_pool = end
+    if HAS_NEW:
+        is_last = end == tl.load(seq_lens_ptr + request)
+        in_pool = tl.where(is_last, end - 1, end)
+        new_k = load_turned(new_k_ptr + token * new_k_stride_t + kv_head * new_k_stride_h, angles_ptr, d, d_mask, HALF, INTERLEAVED)
+        new_v = tl.load(new_v_ptr + token * new_v_stride_t + kv_head * new_v_stride_h + d, mask=d_mask, other=0.0)
+        stores = d < tl.where(is_last & (tl.program_id(1) % group_tiles == 0), HEAD_DIM, 0)
+        slot = tl.load(new_slots_ptr + token).to(tl.int64)
+        tl.store(k_ptr + slot * k_stride_s + kv_head * k_stride_h + d, new_k, mask=stores)
+        tl.store(v_ptr + slot * v_stride_s + kv_head * v_stride_h + d, new_v, mask=stores)
+        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * (scale * log2_e)
+        highest = tl.where(is_last, score, highest)
+        total = tl.where(is_last, 1.0, total)
+        acc += tl.where(is_last, new_v.to(tl.float32), 0.0)[None, :]
+    for start in range(begin, in_pool, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        n_mask = n < end
+        n_mask = n < in_pool
         slots = tl.load(slots_ptr + n, mask=n_mask, other=0).to(tl.int64)
         # Masked rows are zeros, never what an unassigned slot holds: 0 * NaN would reach the sum.
         k_rows = k_ptr + slots[None, :] * k_stride_s + kv_head * k_stride_h + d[:, None]
@@ -339,18 +296,23 @@ def decode_attention(
     alibi_slopes: torch.Tensor | None,
     config: DecodeConfig,
     prefixes: PrefixConfig | None = None,
+    new: NewTokens | None = None,
 ) -> None:
     """Attention of the first `step.num_decodes` requests; the arguments are those of the op `attention`.
 
-    `prefixes` are the launch parameters for shared prefixes, those of the GPU if None. The first call of a step adds
-    its plan to `step.shared`. Never synchronises.
+    `prefixes` are the launch parameters for shared prefixes, those of the GPU if None. With `new`, which goes without slopes,
+    queries are turned when they are read, and the keys and values of the requests' tokens on their way to the pool. The first
+    call of a step adds its plan to `step.shared`. Never synchronises.
     """
     (_, num_heads, head_dim), num_kv_heads = q_THD.shape, k_cache_SKD.shape[1]
+    half, interleaved = (0, False) if new is None else (new.cos_sin_TR.shape[1] // 2, new.interleaved)
     launches: dict[tuple[object, ...], _Launch] = step.shared.setdefault(_SHARED, {})
-    key = num_heads, num_kv_heads, head_dim, window, alibi_slopes is None, config, prefixes
+    key = num_heads, num_kv_heads, head_dim, window, alibi_slopes is None, config, prefixes, new is None, half, interleaved
     launch = launches.get(key)
     if launch is None:
-        launch = launches[key] = _create_launch(step, q_THD, num_kv_heads, window, alibi_slopes is not None, config, prefixes)
+        launch = _create_launch(step, q_THD, num_kv_heads, window, alibi_slopes is not None, config, prefixes)
+        launch.constants.update(HAS_NEW=new is not None, HALF=half, INTERLEAVED=interleaved)
+        launches[key] = launch
     plan, tiling = launch.plan, launch.tiling
     if tiling is not None:
         prefix_attention(
@@ -365,6 +327,8 @@ def decode_attention(
             plan.tiles,
             plan.counts[1:],
             tiling,
+            None if new is None else new.cos_sin_TR,
+            interleaved,
         )
     out_strides = out_THD.stride()[:2]
     _decode_kernel[launch.grid](
@@ -375,16 +339,17 @@ def decode_attention(
         k_cache_SKD,
         v_cache_SKD,
         alibi_slopes,
+        *((None,) * 4 if new is None else (new.k_TKD, new.v_TKD, new.slots_T, new.cos_sin_TR)),
         plan.counts,
         plan.items,
         step.seq_lens,
-        step.rows,
         step.slot_table,
         plan.items.shape[1],
         *out_strides,
         *q_THD.stride()[:2],
         *k_cache_SKD.stride()[:2],
         *v_cache_SKD.stride()[:2],
+        *((0,) * 5 if new is None else (*new.k_TKD.stride()[:2], *new.v_TKD.stride()[:2], new.cos_sin_TR.stride(0))),
         step.slot_table.stride(0),
         scale,
         **launch.constants,
@@ -419,7 +384,7 @@ def _create_launch(
     tiling = None
     if step.shared_prefixes is not None and window is None and not has_alibi:
         tiling = prefix_tiling(step, num_heads, num_kv_heads, prefixes or prefix_config(q_THD))
-    plan = _create_plan(step, q_THD, window, programs_per_item, config, tiling)
+    plan = plan_decodes(step, q_THD, window, programs_per_item, config, tiling)
     combine = COMBINE_FEW if step.num_decodes * num_heads <= MAX_COMBINING else COMBINE_MANY
     sizes = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_D": max(16, next_power_of_2(head_dim)), **dependent(q_THD.device)}
     return _Launch(
@@ -444,57 +409,3 @@ def _create_launch(
             "num_warps": combine.num_warps,
         },
     )
-
-
-def _create_plan(
-    step: Step, q_THD: torch.Tensor, window: int | None, programs_per_item: int, config: DecodeConfig, tiling: PrefixTiling | None = None
-) -> _Plan:
-    (num_heads, head_dim), device, num_decodes = q_THD.shape[1:], q_THD.device, step.num_decodes
-    visible = step.max_seq_len if window is None else min(step.max_seq_len, window)
-    may_split = -(-visible // config.block_n) > config.min_blocks
-    # A request rounds up to whole items, so there are at most `budget` of them beside one for each request.
-    most = max(1, -(-config.waves * num_processors(device) // programs_per_item))
-    budget = most if may_split else 1
-    max_items = num_decodes + budget if may_split else num_decodes
-    max_tiles, max_parts = 0, max_items if may_split else 1
-    if tiling is not None:
-        # Likewise for tiles, of which a split beyond the first adds a part to each of its requests.
-        max_tiles = num_decodes + tiling.budget
-        max_parts = max_items + num_decodes + min(tiling.tile_requests, num_decodes) * tiling.budget
-    shared = step.seq_lens if tiling is None or step.shared_prefixes is None else step.shared_prefixes
-    plan = _Plan(
-        first_parts=torch.empty(num_decodes + 1, dtype=torch.int32, device=device),
-        items=torch.empty(4, max_items, dtype=torch.int32, device=device),
-        tiles=torch.empty(4, max_tiles, dtype=torch.int32, device=device),
-        counts=torch.empty(2, dtype=torch.int32, device=device),
-        partial=torch.empty(max_parts, num_heads, head_dim, dtype=torch.float32, device=device),
-        lse=torch.empty(max_parts, num_heads, dtype=torch.float32, device=device),
-    )
-    _plan_kernel[(num_decodes,)](
-        step.seq_lens,
-        shared,
-        plan.first_parts,
-        plan.items,
-        plan.tiles,
-        plan.counts,
-        plan.items.stride(0),
-        plan.tiles.stride(0),
-        shared.stride(0),
-        num_decodes,
-        budget,
-        config.min_blocks if may_split else -(-visible // config.block_n),
-        1 if tiling is None else tiling.budget,
-        1 if tiling is None else tiling.config.min_blocks,
-        window or 0,
-        HAS_WINDOW=window is not None,
-        HAS_SHARED=tiling is not None,
-        TILE_REQUESTS=1 if tiling is None else tiling.tile_requests,
-        BLOCK_N=config.block_n,
-        PREFIX_BLOCK_N=1 if tiling is None else tiling.config.block_n,
-        BLOCK_B=max(MIN_BLOCK_B, next_power_of_2(num_decodes)),
-        BLOCK_ITEMS=next_power_of_2(most),
-        BLOCK_TILES=1 if tiling is None else next_power_of_2(tiling.budget),
-        num_warps=4,
-        **dependent(device),
-    )
-    return plan

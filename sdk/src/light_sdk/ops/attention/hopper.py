@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from light_core.types import Step
-from light_sdk.ops.attention.decode import decode_attention
 from light_sdk.ops.attention.dense import BUCKET, dense_attention, is_worthwhile, prompts_attention, request_slots
+from light_sdk.ops.attention.kernel import TritonAttention
 from light_sdk.ops.attention.prefill import prefill_attention
-from light_sdk.ops.attention.tuning import decode_config, prefill_config
+from light_sdk.ops.attention.tuning import prefill_config
 
-__all__ = ["attention"]
+__all__ = ["HopperAttention", "attention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +33,42 @@ class _Run:
     seq_len: int = 0
 
 
-def attention(
-    out_THD: torch.Tensor,
-    q_THD: torch.Tensor,
-    k_cache_SKD: torch.Tensor,
-    v_cache_SKD: torch.Tensor,
-    step: Step,
-    scale: float,
-    window: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    k_TKD: torch.Tensor | None = None,
-    v_TKD: torch.Tensor | None = None,
-) -> None:
-    """As the reference, without window and slopes. Long chunks are known by `step.prefill_lens`; their workspace is
-    allocated here, so only pure decodes may be captured in a CUDA graph."""
-    assert window is None and alibi_slopes is None, "not accepted at selection"
-    assert q_THD.stride(-1) == out_THD.stride(-1) == k_cache_SKD.stride(-1) == v_cache_SKD.stride(-1) == step.slot_table.stride(-1) == 1
-    if step.num_decodes:
-        decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, decode_config(q_THD))
-    is_new_dense = k_TKD is not None and v_TKD is not None
-    for run in _runs(step, is_new_dense):
-        if run.kind == "short":
-            config = prefill_config(q_THD)
-            prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end)
-            continue
-        tokens = slice(run.begin, run.stop)
-        k, v = (k_TKD[tokens], v_TKD[tokens]) if k_TKD is not None and v_TKD is not None else (None, None)
-        if run.kind == "prompts":
-            assert k is not None and v is not None
-            prompts_attention(out_THD[tokens], q_THD[tokens], k, v, run.end - run.first, scale)
-        else:
-            slots = request_slots(step, run.first, run.seq_len)
-            dense_attention(out_THD[tokens], q_THD[tokens], k_cache_SKD, v_cache_SKD, slots, scale, k, v)
+class HopperAttention(TritonAttention):
+    """The op without window and slopes."""
+
+    def prefill(
+        self,
+        out_THD: torch.Tensor,
+        q_THD: torch.Tensor,
+        k_cache_SKD: torch.Tensor,
+        v_cache_SKD: torch.Tensor,
+        step: Step,
+        scale: float,
+        window: int | None,
+        alibi_slopes: torch.Tensor | None,
+        k_TKD: torch.Tensor | None,
+        v_TKD: torch.Tensor | None,
+    ) -> None:
+        """Long chunks are known by `step.prefill_lens`; their workspace is allocated here, so only decodes may be captured in a
+        CUDA graph."""
+        assert window is None and alibi_slopes is None, "not accepted at selection"
+        is_new_dense = k_TKD is not None and v_TKD is not None
+        for run in _runs(step, is_new_dense):
+            if run.kind == "short":
+                config = prefill_config(q_THD)
+                prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end)
+                continue
+            tokens = slice(run.begin, run.stop)
+            k, v = (k_TKD[tokens], v_TKD[tokens]) if k_TKD is not None and v_TKD is not None else (None, None)
+            if run.kind == "prompts":
+                assert k is not None and v is not None
+                prompts_attention(out_THD[tokens], q_THD[tokens], k, v, run.end - run.first, scale)
+            else:
+                slots = request_slots(step, run.first, run.seq_len)
+                dense_attention(out_THD[tokens], q_THD[tokens], k_cache_SKD, v_cache_SKD, slots, scale, k, v)
+
+
+attention = HopperAttention()
 
 
 def _runs(step: Step, is_new_dense: bool) -> list[_Run]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig
-from light_sdk.ops.splits import cut
+from light_sdk.ops.splits import cut, write_row
 from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["DecodePlan", "PrefixTiling", "plan_decodes", "prefix_tiling"]
@@ -149,9 +149,7 @@ def _plan_kernel(
     first_part = tl.sum(tl.where(before, parts, 0), axis=0)
     item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
     cut(items_ptr, items_stride, first_item, request, own_shared, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
-    split = tl.arange(0, BLOCK_ITEMS)
-    row = tl.load(rows_ptr + request) + tl.zeros_like(split)
-    tl.store(items_ptr + 4 * items_stride + first_item + split, row, mask=split < own_splits)
+    write_row(items_ptr + 4 * items_stride, first_item, tl.load(rows_ptr + request), own_splits, BLOCK_ITEMS)
     tl.store(first_parts_ptr + place, first_part)
     if HAS_SHARED:
         tiles = tl.where(is_first, tile_splits, 0)
