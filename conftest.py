@@ -15,11 +15,16 @@ The machine may be slow, loaded, stopped for seconds or unusually fast, and test
 - Files in `tmp_path` alone. Random numbers from a generator with a seed, examples of hypothesis too.
 """
 
+import os
 import random
 import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several workers that wait for each other in turns: ten times as slow. Before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "light",
