@@ -104,6 +104,9 @@ class KernelRegistry:
     def op(self, name: str, reference: str) -> None:
         """Declares op `name`, defined by `reference` ("package.module:attribute", plain torch, any device).
 
+        One that takes the whole step has it as the parameter `step`, writes to its arguments and returns nothing: CUDA graphs of
+        steps with prompts end before it and begin behind it (docs/decisions/0016). Any other is captured in them.
+
         Raises:
             PluginError: the op is declared already.
         """
