@@ -14,7 +14,7 @@ serve: $(VENV)/serve.stamp  ## serve the demo model on 127.0.0.1:8000 (MODEL=…
 
 # Two workers, one thread each: more threads than cores would wait for each other in every product.
 test: $(VENV)/dev.stamp  ## the CPU tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## the tests that need one CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -35,10 +35,7 @@ class Layer:
 
     def __init__(self, ops: OpTable, also: Callable[[Step], Any] = lambda step: step.shared["bias"]) -> None:
         self.doubled, self.mean, self.new_mean = (ops.select(name) for name in ("doubled", "mean", "new_mean"))
-        self.also, self.calls = also, self._by_position
-
-    def _by_position(self, out: torch.Tensor, x: torch.Tensor, step: Step) -> None:
-        self.mean(out, x, step)
+        self.also, self.calls = also, self.mean
 
     def __call__(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:
         x = self.doubled(hidden.x)
@@ -83,11 +80,8 @@ def runtime_of(ops: OpTable, *layers: Layer) -> Any:
 
 
 def test_ops_are_given_the_step_and_layers_its_tokens(ops: OpTable) -> None:
-    runtime, kv, step = (
-        runtime_of(ops, Layer(ops), Layer(ops, lambda step: step.positions[:, None] / step.num_tokens)),
-        [{}] * 3,
-        step_of(3, 1, 4),
-    )
+    runtime = runtime_of(ops, Layer(ops), Layer(ops, lambda step: step.positions[:, None] / step.num_tokens))
+    kv, step = [{}] * 3, step_of(3, 1, 4)
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     expected = run_layers(runtime, kv, Hidden(x), step)
     found = run_by_tokens(runtime, kv, Hidden(x), dict(step.shared), step)

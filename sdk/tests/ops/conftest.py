@@ -138,15 +138,23 @@ def new_tokens() -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor, tor
 
 
 @pytest.fixture
-def after_rotary() -> Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
-    def run(batch: Batch, q, k, v, cos_sin, interleaved, window=None) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """What `rotary_kv` and `attention` make of copies, and the pool then."""
-        q, k, caches, expected = q.clone(), k.clone(), (batch.k_cache.clone(), batch.v_cache.clone()), torch.empty_like(batch.out)
-        rotary_kv(q, k, v, cos_sin, *caches, batch.step.slots, interleaved)
-        reference.attention(expected, q, *caches, batch.step, 0.3, window)
-        return expected, caches
+def after_rotary() -> Callable[..., Callable[[dict[str, float]], None]]:
+    """Remembers what `rotary_kv` and `attention`, one after the other, make of copies, and gives a check, within a tolerance, that
+    `batch` has come to the same: the result, and what KV holds."""
 
-    return run
+    def remember(batch: Batch, q, k, v, cos_sin, interleaved, window=None) -> Callable[[dict[str, float]], None]:
+        q, k, k_cache, v_cache, expected = q.clone(), k.clone(), batch.k_cache.clone(), batch.v_cache.clone(), torch.empty_like(batch.out)
+        rotary_kv(q, k, v, cos_sin, k_cache, v_cache, batch.step.slots, interleaved)
+        reference.attention(expected, q, k_cache, v_cache, batch.step, 0.3, window)
+
+        def check(tolerance: dict[str, float]) -> None:
+            torch.testing.assert_close(batch.out, expected, **tolerance)
+            torch.testing.assert_close(batch.k_cache, k_cache, equal_nan=True, **tolerance)
+            torch.testing.assert_close(batch.v_cache, v_cache, equal_nan=True, rtol=0, atol=0)
+
+        return check
+
+    return remember
 
 
 @dataclass

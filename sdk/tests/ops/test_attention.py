@@ -8,7 +8,6 @@ import torch
 
 from light_sdk.ops.attention import cpu, reference
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
-from light_sdk.ops.rotary_kv import rotary_kv
 
 MHA, GQA, MQA = (4, 4, 16), (6, 2, 16), (5, 1, 16)
 
@@ -115,25 +114,16 @@ def test_compiled_on_threads(lens, heads, count, threads, make_batch, tolerances
     [((8, 4, 32), 32, False, None), ((6, 2, 24), 16, True, 11), ((4, 4, 64), 32, False, None), ((2, 1, 64), 64, True, 40)],
     ids=str,
 )
-def test_with_rotary(heads, rotary_dim, interleaved, window, chunks, dtype, make_batch, tolerances) -> None:
+def test_with_rotary(heads, rotary_dim, interleaved, window, chunks, dtype, make_batch, new_tokens, after_rotary, tolerances) -> None:
     """As the references of `rotary_kv` and `attention`, one after the other: the result, and what KV holds then."""
     pytest.importorskip("numba")
     from light_sdk.ops.attention.compiled import attention
 
     batch = make_batch([1, 65, 12], chunks, heads, dtype=dtype)
-    num_tokens, (num_heads, num_kv_heads, head_dim) = len(batch.q), heads
-    generator = torch.Generator().manual_seed(3)
-    fused = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(dtype)
-    cos_sin = torch.randn(num_tokens, rotary_dim, generator=generator)
-    split = (num_heads, num_kv_heads, num_kv_heads)
-    (q, k, v), (q_2, k_2, v_2) = fused.split(split, dim=1), fused.clone().split(split, dim=1)
-    k_cache, v_cache, expected = batch.k_cache.clone(), batch.v_cache.clone(), torch.empty_like(batch.out)
-    rotary_kv(q_2, k_2, v_2, cos_sin, k_cache, v_cache, batch.step.slots, interleaved)
-    reference.attention(expected, q_2, k_cache, v_cache, batch.step, 0.3, window)
+    q, k, v, cos_sin = new_tokens(batch, rotary_dim)
+    check = after_rotary(batch, q, k, v, cos_sin, interleaved, window)
     assert attention.with_rotary(batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved)
-    torch.testing.assert_close(batch.out, expected, **tolerances(dtype))
-    torch.testing.assert_close(batch.k_cache, k_cache, equal_nan=True, **tolerances(dtype))
-    torch.testing.assert_close(batch.v_cache, v_cache, equal_nan=True, rtol=0, atol=0)
+    check(tolerances(dtype))
 
 
 @pytest.mark.parametrize("lens", [[129], [8, 3]], ids=["a long one", "two, which may share what one of them writes"])
@@ -169,14 +159,12 @@ def test_decodes_with_rotary(
     monkeypatch.setattr(kernel, "decode_config", lambda q: DecodeConfig(16, 4, 2, 30, 1))
     batch = make_batch([1, 65, 12, 16, 17, 200, 33], [], heads, dtype=dtype, device=device)
     new = new_tokens(batch, rotary_dim)
-    expected, caches = after_rotary(batch, *new, interleaved, window)
+    check = after_rotary(batch, *new, interleaved, window)
     q, k, v, cos_sin = new
     before = q.clone(), k.clone()
     arguments = batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved
     assert kernel.attention.with_rotary(*arguments)
-    torch.testing.assert_close(batch.out, expected, **tolerances(dtype))
-    torch.testing.assert_close(batch.k_cache, caches[0], equal_nan=True, **tolerances(dtype))
-    torch.testing.assert_close(batch.v_cache, caches[1], equal_nan=True, rtol=0, atol=0)
+    check(tolerances(dtype))
     assert torch.equal(q, before[0]) and torch.equal(k, before[1])
 
 
@@ -373,12 +361,10 @@ def test_large_with_rotary(dtype, heads, interleaved, window, make_batch, new_to
 
     batch = make_batch([1, 2, 127, 4000, 129, 1025, 16], [], heads, device="cuda", dtype=dtype)
     q, k, v, cos_sin = new_tokens(batch, heads[2] // 2 if interleaved else heads[2])
-    expected, caches = after_rotary(batch, q, k, v, cos_sin, interleaved, window)
+    check = after_rotary(batch, q, k, v, cos_sin, interleaved, window)
     arguments = batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved
     assert attention.with_rotary(*arguments)
-    torch.testing.assert_close(batch.out, expected, **tolerances(dtype))
-    torch.testing.assert_close(batch.k_cache, caches[0], equal_nan=True, **tolerances(dtype))
-    torch.testing.assert_close(batch.v_cache, caches[1], equal_nan=True, rtol=0, atol=0)
+    check(tolerances(dtype))
 
 
 @pytest.mark.gpu

@@ -5,14 +5,14 @@ one buffer that all graphs share. Nothing here knows a model.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from light_core.types import Step
 
-__all__ = ["DecodeGraphs", "batch_sizes"]
+__all__ = ["DecodeGraphs", "batch_sizes", "padded_size"]
 
 WARM_UPS = 2
 
@@ -21,6 +21,12 @@ def batch_sizes(most: int) -> list[int]:
     """Sizes that are captured: dense where padding would cost most, and `most` itself."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, most + 1, 32)]
     return [size for size in sizes if size < most] + [most]
+
+
+def padded_size(sizes: Sequence[int], count: int, captured: Container[int]) -> int | None:
+    """The least of `sizes`, which ascend, that is not below `count`; None if there is none, or it is not captured."""
+    index = bisect.bisect_left(sizes, count)
+    return sizes[index] if index < len(sizes) and sizes[index] in captured else None
 
 
 class DecodeGraphs:
@@ -63,8 +69,7 @@ class DecodeGraphs:
 
     def padded(self, batch: int) -> int | None:
         """The captured size that a batch of `batch` runs at, or None if it is larger than all."""
-        index = bisect.bisect_left(self._sizes, batch)
-        return self._sizes[index] if index < len(self._sizes) and self._sizes[index] in self._graphs else None
+        return padded_size(self._sizes, batch, self._graphs)
 
     def replay(self, size: int) -> torch.Tensor:
         """Runs the graph of `size`; the logits are valid until the next replay."""

@@ -11,13 +11,13 @@ Layers are recorded with a `StepOfTokens`, which has nothing that belongs to req
 replayed. Nothing here knows a model (docs/decisions/0016).
 """
 
-import bisect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
+from light_core.engine.graphs import padded_size
 from light_core.plugins import ModelRuntime
 from light_core.types import Hidden, KVView, Step
 
@@ -94,8 +94,7 @@ class StepPieces:
 
     def padded(self, num_tokens: int) -> int | None:
         """The recorded size for a step of `num_tokens`, or None if it is larger than all."""
-        index = bisect.bisect_left(self._sizes, num_tokens)
-        return self._sizes[index] if index < len(self._sizes) and self._sizes[index] in self._pieces else None
+        return padded_size(self._sizes, num_tokens, self._pieces)
 
     def run(self, hidden: Hidden, step: Step) -> Hidden:
         """What the layers but the last make of `step`: replayed, where its number of tokens is a recorded one. Valid until the
@@ -115,28 +114,26 @@ class StepPieces:
     def _record(self, size: int) -> None:
         step = self._make_step(size)
         hidden = self._runtime.pre(step)
-        given = dict(step.shared)  # ops will add to it
-        self._shared = tuple(given)
-        run_by_tokens(self._runtime, self._kv, *self._enter(hidden, given), step)  # compiles, and loads libraries
-        entered, shared = self._enter(hidden, given)
-        tokens = cast(Step, StepOfTokens(step, shared))
+        self._shared = tuple(step.shared)
+        hidden, shared = self._enter(hidden, step.shared)
+        run_by_tokens(self._runtime, self._kv, hidden, shared, step)  # compiles, and loads libraries
         pieces: list[_Graph | _Call] = []
-
-        def begin() -> None:
-            pieces.append(_Graph(self._pool))
-
-        def between(op: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            _end(pieces[-1])
-            pieces.append(_Call(op, args, options))
-            begin()
-
         torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream), self._runtime.model.ops.recording(between):
-            begin()
+        with torch.cuda.stream(self._stream):
+            graph = _Graph(self._pool)
+
+            def between(op: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+                nonlocal graph
+                graph.end()
+                pieces.extend((graph, _Call(op, args, options)))
+                graph = _Graph(self._pool)
+
             try:
-                result = run_layers(self._runtime, self._kv, entered, tokens)
+                with self._runtime.model.ops.recording(between):
+                    result = run_layers(self._runtime, self._kv, hidden, cast(Step, StepOfTokens(step, shared)))
             finally:
-                _end(pieces[-1])
+                graph.end()
+        pieces.append(graph)
         self._pieces[size], self._results[size] = pieces, Hidden(*map(_alias, result))
 
     def _enter(self, hidden: Hidden, shared: Mapping[str, Any]) -> tuple[Hidden, dict[str, torch.Tensor]]:
@@ -189,11 +186,6 @@ class _Graph:
 
     def __call__(self, step: Step) -> None:
         self._graph.replay()
-
-
-def _end(piece: "_Graph | _Call") -> None:
-    assert isinstance(piece, _Graph)
-    piece.end()
 
 
 class _Call:

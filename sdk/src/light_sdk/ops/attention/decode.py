@@ -141,7 +141,6 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
-    HAS_NEW: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -151,8 +150,8 @@ def _decode_kernel(
 ) -> None:
     """A grid of items by key/value heads (times tiles of a group that is larger than BLOCK_G).
 
-    With HAS_NEW the keys and values of the step's tokens are not in the pool yet: the last item of each request has its
-    token's in registers, and stores them.
+    With HALF, which is how many pairs are turned, the keys and values of the step's tokens are not in the pool yet: the last
+    item of each request has its token's in registers, and stores them.
     """
     release(DEPENDENT)
     wait(DEPENDENT)
@@ -179,7 +178,7 @@ def _decode_kernel(
     slots_ptr = slot_table_ptr + slot_row.to(tl.int64) * slot_table_stride
 
     log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
-    angles_ptr = cos_sin_ptr + token * cos_sin_stride_t if HAS_NEW else cos_sin_ptr
+    angles_ptr = cos_sin_ptr + token * cos_sin_stride_t if HALF > 0 else cos_sin_ptr
     q = load_turned(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h, angles_ptr, d[None, :], q_mask, HALF, INTERLEAVED)
     if HAS_ALIBI:
         slopes = tl.load(slopes_ptr + heads, mask=head_mask, other=0.0) * log2_e
@@ -188,7 +187,7 @@ def _decode_kernel(
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     in_pool = end
-    if HAS_NEW:
+    if HALF > 0:
         is_last = end == tl.load(seq_lens_ptr + request)
         in_pool = tl.where(is_last, end - 1, end)
         new_k = load_turned(new_k_ptr + token * new_k_stride_t + kv_head * new_k_stride_h, angles_ptr, d, d_mask, HALF, INTERLEAVED)
@@ -307,11 +306,11 @@ def decode_attention(
     (_, num_heads, head_dim), num_kv_heads = q_THD.shape, k_cache_SKD.shape[1]
     half, interleaved = (0, False) if new is None else (new.cos_sin_TR.shape[1] // 2, new.interleaved)
     launches: dict[tuple[object, ...], _Launch] = step.shared.setdefault(_SHARED, {})
-    key = num_heads, num_kv_heads, head_dim, window, alibi_slopes is None, config, prefixes, new is None, half, interleaved
+    key = num_heads, num_kv_heads, head_dim, window, alibi_slopes is None, config, prefixes, half, interleaved
     launch = launches.get(key)
     if launch is None:
-        launch = _create_launch(step, q_THD, num_kv_heads, window, alibi_slopes is not None, config, prefixes)
-        launch.constants.update(HAS_NEW=new is not None, HALF=half, INTERLEAVED=interleaved)
+        has_alibi = alibi_slopes is not None
+        launch = _create_launch(step, q_THD, num_kv_heads, window, has_alibi, config, prefixes, half, interleaved)
         launches[key] = launch
     plan, tiling = launch.plan, launch.tiling
     if tiling is not None:
@@ -375,6 +374,8 @@ def _create_launch(
     has_alibi: bool,
     config: DecodeConfig,
     prefixes: PrefixConfig | None,
+    half: int,
+    interleaved: bool,
 ) -> _Launch:
     """Plans the step for layers of these shapes."""
     num_heads, head_dim = q_THD.shape[1:]
@@ -395,6 +396,8 @@ def _create_launch(
             **sizes,
             "GROUP": group,
             "HAS_ALIBI": has_alibi,
+            "HALF": half,
+            "INTERLEAVED": interleaved,
             "BLOCK_G": block_g,
             "BLOCK_N": config.block_n,
             "num_warps": config.num_warps,
