@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from light_core.types import Step
-from light_sdk.ops.attention import reference
-from light_sdk.ops.rotary_kv import rotary_kv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -119,42 +117,6 @@ def build_batch(
 def make_batch() -> Callable[..., Batch]:
     """`build_batch`."""
     return build_batch
-
-
-@pytest.fixture
-def new_tokens() -> Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    def make(batch: Batch, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of the step's tokens as one product gives them, and angles; takes the tokens out of the pool."""
-        num_tokens, num_heads, head_dim = batch.q.shape
-        split, generator = (num_heads, *(batch.k_cache.shape[1],) * 2), torch.Generator().manual_seed(3)
-        fused = torch.randn(num_tokens, sum(split), head_dim, generator=generator).to(batch.q.device, batch.q.dtype)
-        cos_sin = torch.randn(num_tokens, rotary_dim, generator=generator).to(batch.q.device)
-        for cache in (batch.k_cache, batch.v_cache):
-            cache[batch.step.slots] = float("nan")
-        q, k, v = fused.split(split, dim=1)
-        return q, k, v, cos_sin
-
-    return make
-
-
-@pytest.fixture
-def after_rotary() -> Callable[..., Callable[[dict[str, float]], None]]:
-    """Remembers what `rotary_kv` and `attention`, one after the other, make of copies, and gives a check, within a tolerance, that
-    `batch` has come to the same: the result, and what KV holds."""
-
-    def remember(batch: Batch, q, k, v, cos_sin, interleaved, window=None) -> Callable[[dict[str, float]], None]:
-        q, k, k_cache, v_cache, expected = q.clone(), k.clone(), batch.k_cache.clone(), batch.v_cache.clone(), torch.empty_like(batch.out)
-        rotary_kv(q, k, v, cos_sin, k_cache, v_cache, batch.step.slots, interleaved)
-        reference.attention(expected, q, k_cache, v_cache, batch.step, 0.3, window)
-
-        def check(tolerance: dict[str, float]) -> None:
-            torch.testing.assert_close(batch.out, expected, **tolerance)
-            torch.testing.assert_close(batch.k_cache, k_cache, equal_nan=True, **tolerance)
-            torch.testing.assert_close(batch.v_cache, v_cache, equal_nan=True, rtol=0, atol=0)
-
-        return check
-
-    return remember
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 
 from light_sdk.ops.attention import cpu, reference
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
+from light_sdk.ops.rotary_kv import rotary_kv
 
 MHA, GQA, MQA = (4, 4, 16), (6, 2, 16), (5, 1, 16)
 
@@ -114,16 +115,27 @@ def test_compiled_on_threads(lens, heads, count, threads, make_batch, tolerances
     [((8, 4, 32), 32, False, None), ((6, 2, 24), 16, True, 11), ((4, 4, 64), 32, False, None), ((2, 1, 64), 64, True, 40)],
     ids=str,
 )
-def test_with_rotary(heads, rotary_dim, interleaved, window, chunks, dtype, make_batch, new_tokens, after_rotary, tolerances) -> None:
+def test_with_rotary(heads, rotary_dim, interleaved, window, chunks, dtype, make_batch, tolerances) -> None:
     """As the references of `rotary_kv` and `attention`, one after the other: the result, and what KV holds then."""
     pytest.importorskip("numba")
     from light_sdk.ops.attention.compiled import attention
 
     batch = make_batch([1, 65, 12], chunks, heads, dtype=dtype)
-    q, k, v, cos_sin = new_tokens(batch, rotary_dim)
-    check = after_rotary(batch, q, k, v, cos_sin, interleaved, window)
+    num_tokens, (num_heads, num_kv_heads, head_dim) = len(batch.q), heads
+    generator = torch.Generator().manual_seed(3)
+    fused = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(dtype)
+    cos_sin = torch.randn(num_tokens, rotary_dim, generator=generator)
+    split = (num_heads, num_kv_heads, num_kv_heads)
+    (q, k, v), (q_2, k_2, v_2) = fused.split(split, dim=1), fused.clone().split(split, dim=1)
+    for cache in (batch.k_cache, batch.v_cache):
+        cache[batch.step.slots] = float("nan")
+    k_cache, v_cache, expected = batch.k_cache.clone(), batch.v_cache.clone(), torch.empty_like(batch.out)
+    rotary_kv(q_2, k_2, v_2, cos_sin, k_cache, v_cache, batch.step.slots, interleaved)
+    reference.attention(expected, q_2, k_cache, v_cache, batch.step, 0.3, window)
     assert attention.with_rotary(batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved)
-    check(tolerances(dtype))
+    torch.testing.assert_close(batch.out, expected, **tolerances(dtype))
+    torch.testing.assert_close(batch.k_cache, k_cache, equal_nan=True, **tolerances(dtype))
+    torch.testing.assert_close(batch.v_cache, v_cache, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("lens", [[129], [8, 3]], ids=["a long one", "two, which may share what one of them writes"])
@@ -140,41 +152,6 @@ def test_with_rotary_leaves_chunks(lens, make_batch) -> None:
     assert batch.out.isnan().all()
     for tensor, before in zip((batch.q, k, batch.k_cache), given, strict=True):
         torch.testing.assert_close(tensor, before, equal_nan=True, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("heads", "rotary_dim", "interleaved", "window"),
-    [((8, 4, 32), 32, False, None), ((6, 2, 24), 16, True, 11), ((5, 1, 40), 24, False, 50), ((40, 1, 16), 16, True, None)],
-    ids=str,
-)
-def test_decodes_with_rotary(
-    heads, rotary_dim, interleaved, window, dtype, device, make_batch, new_tokens, after_rotary, tolerances, monkeypatch
-) -> None:
-    """As the references of `rotary_kv` and `attention`, one after the other, with requests that are cut and ones that are not;
-    what the pool has in the new tokens' places does not count."""
-    from light_sdk.ops.attention import decode, kernel
-
-    monkeypatch.setattr(decode, "MAX_GROUP_TILE", 32)
-    monkeypatch.setattr(kernel, "decode_config", lambda q: DecodeConfig(16, 4, 2, 30, 1))
-    batch = make_batch([1, 65, 12, 16, 17, 200, 33], [], heads, dtype=dtype, device=device)
-    new = new_tokens(batch, rotary_dim)
-    check = after_rotary(batch, *new, interleaved, window)
-    q, k, v, cos_sin = new
-    before = q.clone(), k.clone()
-    arguments = batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved
-    assert kernel.attention.with_rotary(*arguments)
-    check(tolerances(dtype))
-    assert torch.equal(q, before[0]) and torch.equal(k, before[1])
-
-
-def test_steps_with_prompts_are_left_to_the_two_ops(device, make_batch, new_tokens) -> None:
-    from light_sdk.ops.attention.kernel import attention
-
-    batch = make_batch([9, 8], [(3, 3)], (4, 2, 16), device=device)
-    q, k, v, cos_sin = new_tokens(batch, 16)
-    assert not attention.with_rotary(batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, None, cos_sin)
-    assert batch.out.isnan().all() and batch.k_cache[batch.step.slots].isnan().all()
 
 
 def check_kernel(batch, tolerance: dict[str, float], scale: float, window: int | None = None, slopes: torch.Tensor | None = None) -> None:
@@ -350,21 +327,6 @@ def test_neighbours_do_not_matter(path, device, make_batch, tolerances) -> None:
 def test_large(dtype, heads, window, alibi, make_batch, tolerances) -> None:
     batch = make_batch([1, 2, 127, 4000, 129, 1025], [(1500, 1500), (3001, 700), (2048, 1)], heads, device="cuda", dtype=dtype)
     check_kernel(batch, tolerances(dtype), heads[2] ** -0.5, window, alibi_slopes(heads[0]).cuda() if alibi else None)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("heads", [(32, 8, 128), (28, 4, 128), (8, 8, 80), (48, 1, 128), (16, 2, 256)], ids=str)
-@pytest.mark.parametrize(("interleaved", "window"), [(False, None), (True, 512)])
-def test_large_with_rotary(dtype, heads, interleaved, window, make_batch, new_tokens, after_rotary, tolerances) -> None:
-    from light_sdk.ops.attention.kernel import attention
-
-    batch = make_batch([1, 2, 127, 4000, 129, 1025, 16], [], heads, device="cuda", dtype=dtype)
-    q, k, v, cos_sin = new_tokens(batch, heads[2] // 2 if interleaved else heads[2])
-    check = after_rotary(batch, q, k, v, cos_sin, interleaved, window)
-    arguments = batch.out, q, k, v, batch.k_cache, batch.v_cache, batch.step, 0.3, window, cos_sin, interleaved
-    assert attention.with_rotary(*arguments)
-    check(tolerances(dtype))
 
 
 @pytest.mark.gpu

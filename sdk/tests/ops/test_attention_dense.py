@@ -56,6 +56,37 @@ def test_lengths_worth_it() -> None:
     assert not is_worthwhile(1024, 1024) and not is_worthwhile(1, 131072) and not is_worthwhile(256, 1024)
 
 
+@pytest.mark.parametrize("is_new_dense", [False, True])
+def test_steps(is_new_dense, make_batch, tolerances, monkeypatch) -> None:
+    """The op with plain torch in the place of cuDNN: prompts together, chunks after prefixes, short ones between and behind them."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
+    from light_sdk.ops.attention import hopper
+
+    for module, name, value in ((dense, "BUCKET", 8), (hopper, "BUCKET", 8), (dense, "LEAST_QUERIES", 8), (dense, "LEAST_PAIRS", 100)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    calls = []
+
+    def watched(name, **named):
+        found = getattr(hopper, f"{name}_attention")
+        monkeypatch.setattr(hopper, f"{name}_attention", lambda *given: (calls.append(name), found(*given, **named)))
+
+    watched("dense", attend=plain_attention)
+    watched("prompts", attend=plain_attention)
+    watched("prefill")
+    prefills = [(3, 3), (24, 24), (24, 24), (40, 16), (30, 2), (6, 6), (18, 18), (5, 5)]
+    batch = make_batch([7], prefills, (6, 2, 16))
+    batch.step.prefill_lens = tuple((query_len, seq_len) for seq_len, query_len in prefills)
+    expected = torch.full_like(batch.out, float("nan"))
+    reference.attention(expected, *batch.arguments[1:], 0.3)
+    new = [cache[batch.step.slots] for cache in (batch.k_cache, batch.v_cache)] if is_new_dense else [None, None]
+    hopper.attention(*batch.arguments, 0.3, None, None, *new)
+    torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+    together = ["prompts"] if is_new_dense else ["dense"] * 2
+    assert calls == ["prefill", *together, "dense", "prefill", "dense", "prefill"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

@@ -67,21 +67,6 @@ def test_groups(groups, device, make_batch, tolerances) -> None:
     check(batch, tolerances(torch.float32))
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(16, False), (8, True)])
-def test_groups_with_rotary(groups, rotary_dim, interleaved, device, make_batch, new_tokens, after_rotary, tolerances) -> None:
-    """Queries are turned for the prefix too, and new keys and values come from the step."""
-    from light_sdk.ops.attention.decode import NewTokens, decode_attention
-
-    batch = make_batch(LENS, [], GQA, device=device)
-    share(batch, GROUPS[groups])
-    q, k, v, cos_sin = new_tokens(batch, rotary_dim)
-    check_same = after_rotary(batch, q, k, v, cos_sin, interleaved)
-    new = NewTokens(k, v, batch.step.slots, cos_sin, interleaved)
-    decode_attention(batch.out, q, batch.k_cache, batch.v_cache, batch.step, 0.3, None, None, DECODE, PREFIX, new)
-    check_same(tolerances(torch.float32))
-
-
 @pytest.mark.parametrize("heads", [(3, 3, 16), (7, 1, 16), (8, 1, 24), (24, 1, 16)], ids=str)
 def test_head_groups(heads, device, make_batch, tolerances) -> None:
     """Tiles that rows do not fill, and one too small for two requests, where nothing is shared."""

@@ -179,6 +179,26 @@ def test_prefix_in_pieces(piece_len, make_latents, device, tolerances) -> None:
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
 
 
+@pytest.mark.parametrize("is_told", [False, True])
+@pytest.mark.parametrize("piece_len", [16, 1000])
+def test_some_of_the_chunks(is_told, piece_len, make_latents, device, tolerances) -> None:
+    """Spans of requests are attended, prefixes in pieces that they share; the rows of the others stay as they are."""
+    from light_sdk.ops.mla_attention.prefill import prefill_attention
+
+    lens = [(20, 6), (33, 18), (41, 2), (9, 9), (24, 24), (66, 4)]
+    batch = make_latents([7], lens, ODD, device=device)
+    if is_told:
+        batch.step = replace(batch.step, prefill_lens=tuple((query_len, seq_len) for seq_len, query_len in lens))
+    config = PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
+    expected = torch.full_like(batch.out, float("nan"))
+    reference.mla_attention(expected, *batch.arguments[1:], 0.3)
+    starts = batch.step.cu_seqlens_q.tolist()
+    for request in (0, 2, 5):
+        expected[starts[request] : starts[request + 1]] = float("nan")
+    prefill_attention(*batch.arguments, 0.3, config, piece_len, spans=((1, 2), (3, 5), (6, 7)))
+    torch.testing.assert_close(batch.out, expected, equal_nan=True, **tolerances(torch.float32))
+
+
 def test_lengths_may_come_from_the_host(make_latents, device, tolerances) -> None:
     """With `prefill_lens` nothing is read from the device: wrong lengths there would go unnoticed."""
     from light_sdk.ops.mla_attention.kernel import mla_attention

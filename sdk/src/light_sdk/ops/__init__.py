@@ -10,7 +10,7 @@
     route_tokens   the router's product, then route_experts  latent_attention  write_latent, then mla_attention
 
 What several share: `tuning.py` (launch parameters by GPU), `dependent.py` (kernels that start early), `counters.py`,
-`compiled.py` (numba).
+`runs.py` (prefill chunks by what attends to them), `compiled.py` (numba).
 
 Models never import from here: they ask `model.ops.select("<op>", **facts)` while layers are built. Registered in
 `light_sdk.hooks`. Shapes follow the legend of `light_core.types`.

@@ -25,28 +25,15 @@ from light_sdk.ops.attention.plan import DecodePlan, plan_decodes
 from light_sdk.ops.attention.prefix import PrefixTiling, prefix_attention, prefix_tiling
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, prefix_config
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.rotary.kernel import load_turned
 from light_sdk.ops.tuning import next_power_of_2
 
-__all__ = ["NewTokens", "decode_attention"]
+__all__ = ["decode_attention"]
 
 _SHARED = "light_sdk.attention.decode"
 MAX_GROUP_TILE = 64
 MAX_COMBINING = 4096
 """Programs of the kernel that joins parts which a large GPU has at the same time. With more of them, one after the other, it
 would take longest to find out that most requests have nothing to join."""
-
-
-@dataclass(frozen=True, slots=True)
-class NewTokens:
-    """What the op `rotary_kv` is given of the step's tokens: keys and values that are not in the pool yet, and the angles by
-    which they, and the queries, are to be turned. `slots_T` are those of the step."""
-
-    k_TKD: torch.Tensor
-    v_TKD: torch.Tensor
-    slots_T: torch.Tensor
-    cos_sin_TR: torch.Tensor
-    interleaved: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,30 +46,6 @@ class _Combine:
 
 
 COMBINE_FEW, COMBINE_MANY = _Combine(1, 16, 2), _Combine(8, 8, 4)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Items and tiles of one step, and room for their results. A place is a request's index in
-    `step.shared_prefixes[0]`, or its index in the step where nothing is shared.
-
-    Attributes:
-        first_parts: int32 [num_decodes + 1], parts first_parts[i] … first_parts[i + 1] - 1 are of the request at place
-            i, those of a shared prefix first; at least one for each.
-        items: int32 [4, max_items]: request, first key position, end of the key positions, and its part, or -1 where
-            it is the request's only one and goes straight to the output.
-        tiles: int32 [4, max_tiles], as `prefix_attention` has them; [4, 0] where nothing is shared.
-        counts: int32 [2], how many items and tiles there are.
-        partial: float32 [max_parts, H, D], softmax-weighted values of a part.
-        lse: float32 [max_parts, H], logarithm to base 2 of a part's sum of exponentials.
-    """
-
-    first_parts: torch.Tensor
-    items: torch.Tensor
-    tiles: torch.Tensor
-    counts: torch.Tensor
-    partial: torch.Tensor
-    lse: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +76,6 @@ def _decode_kernel(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     slopes_ptr: tl.tensor,
-    new_k_ptr: tl.tensor,
-    new_v_ptr: tl.tensor,
-    new_slots_ptr: tl.tensor,
-    cos_sin_ptr: tl.tensor,
     num_items_ptr: tl.tensor,
     items_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
@@ -130,29 +89,18 @@ def _decode_kernel(
     k_stride_h: tl.tensor,
     v_stride_s: tl.tensor,
     v_stride_h: tl.tensor,
-    new_k_stride_t: tl.tensor,
-    new_k_stride_h: tl.tensor,
-    new_v_stride_t: tl.tensor,
-    new_v_stride_h: tl.tensor,
-    cos_sin_stride_t: tl.tensor,
     slot_table_stride: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    """A grid of items by key/value heads (times tiles of a group that is larger than BLOCK_G).
-
-    With HALF, which is how many pairs are turned, the keys and values of the step's tokens are not in the pool yet: the last
-    item of each request has its token's in registers, and stores them.
-    """
+    """A grid of items by key/value heads (times tiles of a group that is larger than BLOCK_G)."""
     release(DEPENDENT)
     wait(DEPENDENT)
     item = tl.program_id(0)
@@ -178,31 +126,16 @@ def _decode_kernel(
     slots_ptr = slot_table_ptr + slot_row.to(tl.int64) * slot_table_stride
 
     log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
-    angles_ptr = cos_sin_ptr + token * cos_sin_stride_t if HALF > 0 else cos_sin_ptr
-    q = load_turned(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h, angles_ptr, d[None, :], q_mask, HALF, INTERLEAVED)
+    q = tl.load(q_ptr + token * q_stride_t + heads[:, None] * q_stride_h + d[None, :], mask=q_mask, other=0.0)
     if HAS_ALIBI:
         slopes = tl.load(slopes_ptr + heads, mask=head_mask, other=0.0) * log2_e
         query_position = tl.load(seq_lens_ptr + request) - 1
     highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    in_pool = end
-    if HALF > 0:
-        is_last = end == tl.load(seq_lens_ptr + request)
-        in_pool = tl.where(is_last, end - 1, end)
-        new_k = load_turned(new_k_ptr + token * new_k_stride_t + kv_head * new_k_stride_h, angles_ptr, d, d_mask, HALF, INTERLEAVED)
-        new_v = tl.load(new_v_ptr + token * new_v_stride_t + kv_head * new_v_stride_h + d, mask=d_mask, other=0.0)
-        stores = d < tl.where(is_last & (tl.program_id(1) % group_tiles == 0), HEAD_DIM, 0)
-        slot = tl.load(new_slots_ptr + token).to(tl.int64)
-        tl.store(k_ptr + slot * k_stride_s + kv_head * k_stride_h + d, new_k, mask=stores)
-        tl.store(v_ptr + slot * v_stride_s + kv_head * v_stride_h + d, new_v, mask=stores)
-        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * (scale * log2_e)
-        highest = tl.where(is_last, score, highest)
-        total = tl.where(is_last, 1.0, total)
-        acc += tl.where(is_last, new_v.to(tl.float32), 0.0)[None, :]
-    for start in range(begin, in_pool, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        n_mask = n < in_pool
+        n_mask = n < end
         slots = tl.load(slots_ptr + n, mask=n_mask, other=0).to(tl.int64)
         # Masked rows are zeros, never what an unassigned slot holds: 0 * NaN would reach the sum.
         k_rows = k_ptr + slots[None, :] * k_stride_s + kv_head * k_stride_h + d[:, None]
@@ -295,23 +228,18 @@ def decode_attention(
     alibi_slopes: torch.Tensor | None,
     config: DecodeConfig,
     prefixes: PrefixConfig | None = None,
-    new: NewTokens | None = None,
 ) -> None:
     """Attention of the first `step.num_decodes` requests; the arguments are those of the op `attention`.
 
-    `prefixes` are the launch parameters for shared prefixes, those of the GPU if None. With `new`, which goes without slopes,
-    queries are turned when they are read, and the keys and values of the requests' tokens on their way to the pool. The first
-    call of a step adds its plan to `step.shared`. Never synchronises.
+    `prefixes` are the launch parameters for shared prefixes, those of the GPU if None. The first call of a step adds
+    its plan to `step.shared`. Never synchronises.
     """
     (_, num_heads, head_dim), num_kv_heads = q_THD.shape, k_cache_SKD.shape[1]
-    half, interleaved = (0, False) if new is None else (new.cos_sin_TR.shape[1] // 2, new.interleaved)
     launches: dict[tuple[object, ...], _Launch] = step.shared.setdefault(_SHARED, {})
-    key = num_heads, num_kv_heads, head_dim, window, alibi_slopes is None, config, prefixes, half, interleaved
+    key = num_heads, num_kv_heads, head_dim, window, alibi_slopes is None, config, prefixes
     launch = launches.get(key)
     if launch is None:
-        has_alibi = alibi_slopes is not None
-        launch = _create_launch(step, q_THD, num_kv_heads, window, has_alibi, config, prefixes, half, interleaved)
-        launches[key] = launch
+        launch = launches[key] = _create_launch(step, q_THD, num_kv_heads, window, alibi_slopes is not None, config, prefixes)
     plan, tiling = launch.plan, launch.tiling
     if tiling is not None:
         prefix_attention(
@@ -326,8 +254,6 @@ def decode_attention(
             plan.tiles,
             plan.counts[1:],
             tiling,
-            None if new is None else new.cos_sin_TR,
-            interleaved,
         )
     out_strides = out_THD.stride()[:2]
     _decode_kernel[launch.grid](
@@ -338,7 +264,6 @@ def decode_attention(
         k_cache_SKD,
         v_cache_SKD,
         alibi_slopes,
-        *((None,) * 4 if new is None else (new.k_TKD, new.v_TKD, new.slots_T, new.cos_sin_TR)),
         plan.counts,
         plan.items,
         step.seq_lens,
@@ -348,7 +273,6 @@ def decode_attention(
         *q_THD.stride()[:2],
         *k_cache_SKD.stride()[:2],
         *v_cache_SKD.stride()[:2],
-        *((0,) * 5 if new is None else (*new.k_TKD.stride()[:2], *new.v_TKD.stride()[:2], new.cos_sin_TR.stride(0))),
         step.slot_table.stride(0),
         scale,
         **launch.constants,
@@ -374,8 +298,6 @@ def _create_launch(
     has_alibi: bool,
     config: DecodeConfig,
     prefixes: PrefixConfig | None,
-    half: int,
-    interleaved: bool,
 ) -> _Launch:
     """Plans the step for layers of these shapes."""
     num_heads, head_dim = q_THD.shape[1:]
@@ -396,8 +318,6 @@ def _create_launch(
             **sizes,
             "GROUP": group,
             "HAS_ALIBI": has_alibi,
-            "HALF": half,
-            "INTERLEAVED": interleaved,
             "BLOCK_G": block_g,
             "BLOCK_N": config.block_n,
             "num_warps": config.num_warps,

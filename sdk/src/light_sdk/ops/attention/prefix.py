@@ -18,7 +18,6 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.attention.tuning import PrefixConfig
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.rotary.kernel import load_turned
 from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["PrefixTiling", "prefix_attention", "prefix_tiling"]
@@ -114,7 +113,6 @@ def _prefix_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
-    cos_sin_ptr: tl.tensor,
     first_parts_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
     num_tiles_ptr: tl.tensor,
@@ -129,15 +127,12 @@ def _prefix_kernel(
     k_stride_h: tl.tensor,
     v_stride_s: tl.tensor,
     v_stride_h: tl.tensor,
-    cos_sin_stride_t: tl.tensor,
     slot_table_stride: tl.tensor,
     num_decodes: tl.tensor,
     scale: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -165,9 +160,7 @@ def _prefix_kernel(
         heads = kv_head * GROUP + in_group
         tokens = tl.load(shared_ptr + place, mask=row_mask, other=0).to(tl.int64)
         mask = row_mask[:, None] & (d < HEAD_DIM)[None, :]
-        q_heads = q_ptr + tokens[:, None] * q_stride_t + heads[:, None] * q_stride_h
-        angles_ptr = cos_sin_ptr + tokens[:, None] * cos_sin_stride_t if HALF > 0 else cos_sin_ptr
-        q = load_turned(q_heads, angles_ptr, d[None, :], mask, HALF, INTERLEAVED)
+        q = tl.load(q_ptr + tokens[:, None] * q_stride_t + heads[:, None] * q_stride_h + d[None, :], mask=mask, other=0.0)
         slots_ptr = slot_table_ptr + tl.load(rows_ptr + tl.load(shared_ptr + first)).to(tl.int64) * slot_table_stride
 
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -201,8 +194,6 @@ def prefix_attention(
     tiles: torch.Tensor,
     num_tiles: torch.Tensor,
     tiling: PrefixTiling,
-    cos_sin_TR: torch.Tensor | None = None,
-    interleaved: bool = False,
 ) -> None:
     """Attention of grouped decodes to the prefix of their group. Never synchronises; without tiles it ends at once.
 
@@ -216,8 +207,6 @@ def prefix_attention(
             which of the parts of each of its requests it is.
         num_tiles: int32 `[1]`, how many of them there are.
         tiling: what the tiles were made with.
-        cos_sin_TR, interleaved: as in the op `rotary`, for queries that are to be turned when they are read; None where they
-            are.
     """
     assert step.shared_prefixes is not None
     (num_heads, head_dim), num_kv_heads, config = q_THD.shape[1:], k_cache_SKD.shape[1], tiling.config
@@ -228,7 +217,6 @@ def prefix_attention(
         q_THD,
         k_cache_SKD,
         v_cache_SKD,
-        cos_sin_TR,
         first_parts,
         tiles,
         num_tiles,
@@ -240,15 +228,12 @@ def prefix_attention(
         *q_THD.stride()[:2],
         *k_cache_SKD.stride()[:2],
         *v_cache_SKD.stride()[:2],
-        0 if cos_sin_TR is None else cos_sin_TR.stride(0),
         step.slot_table.stride(0),
         step.num_decodes,
         scale,
         NUM_HEADS=num_heads,
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
-        HALF=0 if cos_sin_TR is None else cos_sin_TR.shape[1] // 2,
-        INTERLEAVED=interleaved,
         BLOCK_M=tiling.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=max(16, next_power_of_2(head_dim)),

@@ -59,7 +59,7 @@ def with_cudnn(
     step: Step,
     scale: float,
 ) -> None:
-    """As `latent_attention`, for Hopper: steps of long prefill chunks by cuDNN."""
+    """As `latent_attention`, for Hopper: long prefill chunks by cuDNN."""
     if step.num_decodes == step.num_seqs:
         latent_attention(out_THO, q_THD, kv_TC, weight_L, eps, cos_sin_TR, interleaved, latent_cache_SC, kv_b_HXL, step, scale)
         return

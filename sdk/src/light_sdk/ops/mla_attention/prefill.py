@@ -20,6 +20,7 @@ Source of the state that is carried: Dao 2023, "FlashAttention-2", arXiv 2307.08
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -60,40 +61,44 @@ class Piece:
 # --------------------------------------------------------------------------------------------- planning
 
 
-def plan_pieces(step: Step, piece_len: int) -> tuple[list[Piece], Piece]:
-    """Pieces of the prefixes, and the chunks as one piece; made by the first layer of a step.
+def plan_pieces(step: Step, piece_len: int, spans: tuple[tuple[int, int], ...] | None = None) -> tuple[list[Piece], Piece]:
+    """Pieces of the prefixes, and the chunks as one piece; made by the first layer of a step. `spans` are as
+    `prefill_attention` has them.
 
     Lengths come from `step.prefill_lens`. A caller that does not give them has them read from the device, which waits
     for it.
     """
-    key = f"light_sdk.mla_attention.pieces {piece_len}"
+    if spans is None:
+        spans = ((step.num_decodes, step.num_seqs),)
+    key = f"light_sdk.mla_attention.pieces {piece_len} {spans}"
     if key not in step.shared:
-        step.shared[key] = _create_pieces(step, piece_len)
+        step.shared[key] = _create_pieces(step, piece_len, spans)
     pieces: tuple[list[Piece], Piece] = step.shared[key]
     return pieces
 
 
-def _create_pieces(step: Step, piece_len: int) -> tuple[list[Piece], Piece]:
-    lens = step.prefill_lens or _read_lens(step)
-    begins, begin = [], step.num_decodes
-    for query_len, _ in lens:
-        begins.append(begin)
-        begin += query_len
-    chunks = [(first, query_len, first - step.num_decodes, query_len) for first, (query_len, _) in zip(begins, lens)]
-    prefixes = [seq_len - query_len for query_len, seq_len in lens]
-    # Each part is (request among the prefills, first position, tokens); a piece's parts have `piece_len` tokens at most.
-    parts = cut_prefixes(prefixes, piece_len)
+def _create_pieces(step: Step, piece_len: int, spans: tuple[tuple[int, int], ...]) -> tuple[list[Piece], Piece]:
+    num_decodes, lens = step.num_decodes, step.prefill_lens or _read_lens(step)
+    begins = list(accumulate((query_len for query_len, _ in lens), initial=num_decodes))
+    requests = [request for first, end in spans for request in range(first, end)]
+    chosen = [(begins[request - num_decodes], *lens[request - num_decodes]) for request in requests]
+    key_begins = accumulate((query_len for _, query_len, _ in chosen), initial=0)
+    chunks = [(begin, query_len, key_begin, query_len) for (begin, query_len, _), key_begin in zip(chosen, key_begins)]
+    # Each part is (index among the requests, first position, tokens); a piece's parts have `piece_len` tokens at most.
+    parts = cut_prefixes([seq_len - query_len for _, query_len, seq_len in chosen], piece_len)
     tables = [chunks]
     for piece in parts:
         rows, key_begin = [], 0
-        for request, _, count in piece:
-            rows.append((begins[request], lens[request][0], key_begin, count))
+        for index, _, count in piece:
+            rows.append((*chunks[index][:2], key_begin, count))
             key_begin += count
         tables.append(rows)
-    firsts = [[(step.num_decodes + request, first) for request, first, _ in piece] for piece in parts]
+    firsts = [[(requests[index], first) for index, first, _ in piece] for piece in parts]
     segments = _upload(tables, step.seq_lens.device)
     sources = _upload(firsts, step.seq_lens.device)
-    chunk = Piece(step.slots[step.num_decodes :], segments[0], len(chunks), max(query_len for query_len, _ in lens))
+    own = [step.slots[begins[first - num_decodes] : begins[end - num_decodes]] for first, end in spans]
+    own_slots = own[0] if len(own) == 1 else torch.cat(own)
+    chunk = Piece(own_slots, segments[0], len(chunks), max(query_len for _, query_len, _ in chosen))
     pieces = []
     for table, segment, source in zip(tables[1:], segments[1:], sources):
         slots = _slots(step, source, segment, sum(row[3] for row in table))
@@ -328,17 +333,20 @@ def prefill_attention(
     scale: float,
     config: PrefillConfig,
     piece_len: int | None = None,
+    spans: tuple[tuple[int, int], ...] | None = None,
 ) -> None:
-    """Attention of the step's prefill chunks; the arguments are those of the op `mla_attention`.
+    """Attention of the step's prefill chunks, or some of them; the other arguments are those of the op `mla_attention`.
 
-    Workspace: keys and values of the chunks, and of `piece_len` tokens; where a request has a prefix, float32 copies of
-    the chunks' outputs.
+    Workspace: keys and values of the chunks, and of `piece_len` tokens; where one of them has a prefix, room for the
+    outputs of all the step's chunks in float32.
 
     Args:
         piece_len: tokens of a prefix that are decompressed at once; None takes what fits `PIECE_BYTES`.
+        spans: requests of the step, `first` … `end` - 1 of each span, in their order; None takes all prefills. Rows of
+            `out_THO` of the others are left as they are.
     """
     num_heads = kv_b_HXL.shape[0]
-    pieces, chunk = plan_pieces(step, fitting_piece_len(q_THD, kv_b_HXL) if piece_len is None else piece_len)
+    pieces, chunk = plan_pieces(step, fitting_piece_len(q_THD, kv_b_HXL) if piece_len is None else piece_len, spans)
     state = lse = torch.empty(0, dtype=torch.float32, device=q_THD.device)
     if pieces:
         num_tokens = q_THD.shape[0] - step.num_decodes

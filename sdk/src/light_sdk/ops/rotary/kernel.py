@@ -6,7 +6,7 @@ import triton.language as tl
 
 from light_sdk.ops.dependent import dependent, release, wait
 
-__all__ = ["load_turned", "rotary", "rotate_heads"]
+__all__ = ["rotary", "rotate_heads"]
 
 
 @triton.jit
@@ -45,40 +45,6 @@ def rotate_heads(
     if COPY:
         tl.store(copy_ptr + first_copy, turned.to(copy_ptr.dtype.element_ty), mask=mask)
         tl.store(copy_ptr + first_copy + distance, other.to(copy_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_turned(
-    head_ptr: tl.tensor,
-    cos_sin_ptr: tl.tensor,
-    d: tl.tensor,
-    mask: tl.tensor,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-) -> tl.tensor:
-    """Dimensions `d` of heads, turned and rounded as `rotate_heads` leaves them; 0 outside of `mask`. What is at the pointers
-    stays, and HALF = 0 turns nothing.
-
-    Args:
-        head_ptr: where each head begins; broadcast to `mask`'s shape with `d`.
-        cos_sin_ptr: where the cosines of each head's token begin, the sines behind them; one for all heads, or broadcast likewise.
-        d: dimensions.
-        mask: heads and dimensions that are there.
-    """
-    x = tl.load(head_ptr + d, mask=mask, other=0.0)
-    if HALF > 0:
-        if INTERLEAVED:
-            pair, is_second = d // 2, d % 2 == 1
-            other = tl.where(is_second, d - 1, d + 1)
-        else:
-            pair, is_second = d % HALF, d >= HALF
-            other = tl.where(is_second, d - HALF, d + HALF)
-        turning = d < 2 * HALF
-        y = tl.load(head_ptr + other, mask=mask & turning, other=0.0).to(tl.float32)
-        cos = tl.load(cos_sin_ptr + pair, mask=turning, other=1.0)
-        sin = tl.load(cos_sin_ptr + HALF + pair, mask=turning, other=0.0)
-        x = (x.to(tl.float32) * cos + tl.where(is_second, y, -y) * sin).to(x.dtype)
-    return x
 
 
 @triton.jit

@@ -1,0 +1,81 @@
+"""Which prefill chunks of a step go together, and where: from their lengths alone."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from light_sdk.ops.attention import dense
+from light_sdk.ops.mla_attention import dense as latent_dense
+from light_sdk.ops.runs import Run, plan_runs, runs_of
+
+BUCKET = 8
+
+
+def is_long(query_len: int, seq_len: int) -> bool:
+    return query_len * (seq_len - query_len // 2) >= 100
+
+
+CUTS = {
+    "prompts together": ([(16, 16)] * 3, [Run("prompts", 2, 5, 2, 50)]),
+    "by themselves too short": ([(8, 8)] * 4, [Run("prompts", 2, 6, 2, 34)]),
+    "together too short": ([(8, 8)] * 2, [Run("short", 2, 4, 2, 18)]),
+    "lengths that are rounded": ([(18, 18), (18, 18)], [Run("chunk", 2, 3, 2, 20, 18), Run("chunk", 3, 4, 20, 38, 18)]),
+    "equal chunks after a prefix": ([(16, 32), (16, 32)], [Run("chunk", 2, 3, 2, 18, 32), Run("chunk", 3, 4, 18, 34, 32)]),
+    "a long one and padding": ([(24, 24), (5, 5)], [Run("prompts", 2, 3, 2, 26), Run("short", 3, 4, 26, 31)]),
+    "short ones are one": (
+        [(3, 3), (1, 9), (1, 9), (17, 17), (2, 40), (5, 5)],
+        [Run("short", 2, 5, 2, 7), Run("chunk", 5, 6, 7, 24, 17), Run("short", 6, 8, 24, 31)],
+    ),
+    "nothing": ([], []),
+}
+"""Chunks behind two decodes, as `Step.prefill_lens`, and their runs."""
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts(cut) -> None:
+    lens, runs = CUTS[cut]
+    assert plan_runs(lens, 2, is_long, BUCKET) == runs
+
+
+def test_prompts_that_cannot_be_together() -> None:
+    assert [run.kind for run in plan_runs([(16, 16)] * 2 + [(8, 8)] * 4, 0, is_long, None)] == ["chunk", "chunk", "short"]
+
+
+@pytest.mark.parametrize("bucket", [BUCKET, None])
+def test_every_chunk_is_in_one_run(bucket) -> None:
+    chance = random.Random(1)
+    for _ in range(200):
+        lens = [chance.choice([(16, 16), (8, 8), (18, 18), (5, 5), (16, 40), (3, 70)]) for _ in range(chance.randrange(1, 9))]
+        runs = plan_runs(lens, 3, is_long, bucket)
+        edges = [3]
+        for query_len, _ in lens:
+            edges.append(edges[-1] + query_len)
+        assert [request for run in runs for request in range(run.first, run.end)] == list(range(3, 3 + len(lens)))
+        assert all((run.begin, run.stop) == (edges[run.first - 3], edges[run.end - 3]) for run in runs)
+        assert not any(a.kind == b.kind == "short" for a, b in pairwise(runs))
+
+
+PADDED = [(2048, 2048), (1024, 1024), (1024, 1024), (100, 900), (700, 4800), (300, 300)]
+"""Chunks of a step of real lengths, the last one its padding."""
+
+
+@pytest.mark.parametrize("module", [dense, latent_dense], ids=["attention", "mla_attention"])
+def test_padding_leaves_long_chunks_to_cudnn(module, make_batch, monkeypatch) -> None:
+    """Two prompts of 1,024 are too short together. Nothing is planned twice, nor for decodes alone."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    step = make_batch([3], [(2, 2)], (1, 1, 16)).step
+    step = replace(step, prefill_lens=tuple(PADDED))
+    runs = runs_of(step, "an op", module.is_worthwhile, module.BUCKET)
+    assert [(run.kind, run.first, run.end) for run in runs] == [("prompts", 1, 2), ("short", 2, 5), ("chunk", 5, 6), ("short", 6, 7)]
+    assert runs_of(step, "an op", module.is_worthwhile, module.BUCKET) is runs
+    assert runs_of(make_batch([3, 4], [], (1, 1, 16)).step, "an op", module.is_worthwhile, module.BUCKET) == []
+
+
+@pytest.mark.parametrize("lens", [(), ((2048, 2048), (5, 5))], ids=["not told", "no cuDNN"])
+def test_all_is_short(lens, make_batch, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: not lens)
+    step = replace(make_batch([3], [(30, 20), (7, 7)], (1, 1, 16)).step, prefill_lens=lens)
+    assert runs_of(step, "an op", lambda *lens: True, BUCKET) == [Run("short", 1, 3, 1, 28)]
