@@ -1,9 +1,9 @@
-"""`linear` on Hopper: up to 128 tokens by the kernels of `small.py` where they are faster, more by torch's product, which of many
-tokens adds to the residual (`onto.py`)."""
+"""`linear` on Hopper: up to 128 tokens by the kernels of `small.py` where they are faster, more by cuBLAS (`blas.py`), which of
+many tokens adds to the residual (`onto.py`)."""
 
 import torch
-import torch.nn.functional as F
 
+from light_sdk.ops.linear.blas import product
 from light_sdk.ops.linear.onto import onto
 from light_sdk.ops.linear.small import MAX_TOKENS, has_tiles, row_linear, tile_linear
 from light_sdk.ops.linear.tuning import row_config, tile_config
@@ -15,17 +15,17 @@ __all__ = ["linear", "small_linear"]
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As the reference."""
     out = small_linear(x, weight, bias, None)
-    return F.linear(x, weight, bias) if out is None else out
+    return product(x, weight, bias) if out is None else out
 
 
 linear.onto = onto  # type: ignore[attr-defined]
 
 
 def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor | None:
-    """The product by a kernel for few tokens, or None where torch's own is to be taken.
+    """The product by a kernel for few tokens, or None where cuBLAS's is to be taken.
 
     Args:
-        x: `[T, K]`; what has another shape, or a last dimension with gaps, is left to torch, as are rows and addresses of
+        x: `[T, K]`; what has another shape, or a last dimension with gaps, is left to cuBLAS, as are rows and addresses of
             several tokens that are not multiples of 16 bytes.
         weight: `[N, K]`, or `[2N, K]` with `activation`.
         bias: one for each row of `weight`, or None.

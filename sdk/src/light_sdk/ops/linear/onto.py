@@ -7,6 +7,8 @@ and the sum is rounded once instead of twice.
 
 import torch
 
+from light_sdk.ops.linear.blas import add_product
+
 __all__ = ["LEAST_TOKENS", "onto"]
 
 LEAST_TOKENS = 1024
@@ -31,5 +33,5 @@ def onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: to
         return False
     if residual.shape != (x.shape[0], weight.shape[0]) or residual.dtype != x.dtype or not residual.is_contiguous():
         return False
-    torch.addmm(residual, x, weight.t(), out=residual)
+    add_product(residual, x, weight)
     return True

@@ -2,7 +2,7 @@
 
 They are data files in `configs/`, named by GPU, read once: "row" by the weight's shape; "tile" by whether the product is
 plain or gated, by the number of tokens rounded up to a power of two, and by the weight's shape. "default" is for shapes
-that are not named, and "blas" in the place of parameters means that torch's product is to be taken. Different tiles for
+that are not named, and "blas" in the place of parameters means that cuBLAS's product is to be taken (`blas.py`). Different tiles for
 the same number of tokens are different kernels, each compiled when an engine starts: a shape has its own only where it
 gains more than a percent. A GPU without a file uses that of the H200, the one they were measured on.
 `sdk/benchmarks/linear.py --sweep` finds them.

@@ -1,0 +1,147 @@
+"""The fastest of cuBLASLt's algorithms for each product: `python sdk/benchmarks/blas.py FILE [--models … --tokens …]`.
+
+Tried are all algorithms that cuBLAS suggests for any of many shapes, on every product: what it suggests for a shape is
+often not the fastest that it has. Each is compared with a product in float64 first. Copies of the weight take turns, so
+that none is found in L2. The best few then run for longer, beside torch's product and in turns with it, as a card that is
+at its power limit is slower than one that has rested.
+
+What is faster than torch's by more than `LEAST_GAIN` is written to FILE, under "blas", beside what FILE has:
+`sdk/src/light_sdk/ops/linear/configs/<GPU name with dashes>.json`; else "blas", torch's own. From `onto.LEAST_TOKENS` on,
+products that a model adds to its residual have an entry under "onto" too.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from linear import BANDWIDTH, FLOPS, MODELS
+from ops import random
+
+from light_sdk.ops.linear.blas import Algorithm, Product, suggested_algorithms, version
+from light_sdk.ops.linear.onto import LEAST_TOKENS
+
+TOKENS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 896, 1024, 2048, 4096, 8192)
+"""Those that graphs are captured for, or near them: an entry is for all from half of its tokens on."""
+SUGGESTED_TOKENS = (*range(16, 641, 16), *range(704, 1537, 64), 2048, 3072, 4096, 6144, 8192)
+ADDED = ("out", "down")
+MAX_COPIES, COPIED_BYTES = 24, 2_000_000_000
+FINALISTS, ROUNDS = 6, 3
+BURST_S, RUN_S = 0.4e-3, 0.1
+"""How long an algorithm runs at first, and a finalist in each round."""
+LEAST_GAIN = 0.012
+TOLERANCE = 2e-2
+AHEAD_CYCLES = 400_000
+"""The device waits for so long before calls that are timed, so that it does not wait for the host between them."""
+
+Run = Callable[[torch.Tensor], object]
+
+
+def candidates(models: Sequence[str]) -> list[Algorithm]:
+    """All that cuBLAS suggests for these models' products of any number of tokens; each of them in as many parts along K."""
+    shapes = {shape for model in models for shape in MODELS[model].values()}
+    found = set().union(*(suggested_algorithms(*shape, tokens) for shape, tokens in itertools.product(shapes, SUGGESTED_TOKENS)))
+    parts = sorted({algorithm.split_k for algorithm in found})
+    return [replace(algorithm, split_k=k) for algorithm in sorted({replace(a, split_k=1) for a in found}, key=str) for k in parts]
+
+
+def elapsed(run: Run, weights: Sequence[torch.Tensor], calls: int, *, ahead: bool = False) -> float:
+    """Seconds of one of `calls` calls in a row."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if ahead:
+        torch.cuda._sleep(AHEAD_CYCLES)
+    begin.record()
+    for _, weight in zip(range(calls), itertools.cycle(weights), strict=False):
+        run(weight)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def times(tried: Sequence[Algorithm], n: int, k: int, tokens: int, adds: bool) -> dict[Algorithm | None, float]:
+    """Seconds of the finalists and of torch's product, which is None."""
+    weights = [random(n, k) * k**-0.5 for _ in range(max(1, min(MAX_COPIES, COPIED_BYTES // (n * k * 2))))]
+    x, out = random(tokens, k), torch.zeros(tokens, n, dtype=torch.bfloat16, device="cuda")
+    expected = (x.double() @ weights[0].double().T).float()
+
+    def by_torch(weight: torch.Tensor) -> object:
+        return torch.addmm(out, x, weight.t(), out=out) if adds else torch.mm(x, weight.t(), out=out)
+
+    def by(product: Product) -> Run:
+        return lambda weight: product(x, weight, out)
+
+    elapsed(by_torch, weights, 2)
+    least = elapsed(by_torch, weights, 2, ahead=True)
+    runs: dict[Algorithm | None, Run] = {None: by_torch}
+    first: dict[Algorithm, float] = {}
+    for algorithm in tried:
+        try:
+            run = by(Product(algorithm, n, k, tokens, adds))
+        except ValueError:
+            continue
+        out.zero_()
+        run(weights[0])
+        if not torch.allclose(out.float(), expected, rtol=TOLERANCE, atol=TOLERANCE):
+            print(f"{algorithm}: wrong at {n} x {k}, {tokens} tokens", file=sys.stderr)
+            continue
+        first[algorithm] = elapsed(run, weights, max(2, min(8, int(BURST_S / least))), ahead=True)
+        runs[algorithm] = run
+    best = sorted(first, key=lambda algorithm: first[algorithm])[:FINALISTS]
+    rounds: dict[Algorithm | None, list[float]] = {name: [] for name in (None, *best)}
+    for _ in range(ROUNDS):
+        for name, seconds in rounds.items():
+            out.zero_()
+            seconds.append(elapsed(runs[name], weights, max(2, int(RUN_S / least)), ahead=True))
+    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
+
+
+def entry(found: Mapping[Algorithm | None, float]) -> Any:
+    """The best, as it stands in a data file: without what is as ever; "blas" where torch's product is as good."""
+    best = min(found, key=lambda algorithm: found[algorithm])
+    if best is None or found[best] > (1 - LEAST_GAIN) * found[None]:
+        return "blas"
+    usual = asdict(Algorithm(0, 0))
+    return {name: value for name, value in asdict(best).items() if value != usual[name]}
+
+
+def sweep(models: Sequence[str], tokens: Sequence[int], file: Path) -> None:
+    """Tries all on all, and writes what is best as soon as it is known."""
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if content.get("blas", {}).get("version") != version():
+        content["blas"] = {"version": version(), "plain": {}, "onto": {}}
+    tried = candidates(models)
+    print(f"cuBLASLt {version()}: {len(tried)} algorithms")
+    for count, model in itertools.product(tokens, models):
+        for name, (n, k) in MODELS[model].items():
+            for adds in (False, True) if name in ADDED and count >= LEAST_TOKENS else (False,):
+                found = times(tried, n, k, count, adds)
+                best = min(seconds for algorithm, seconds in found.items() if algorithm is not None)
+                rate = max(2.0 * n * k / best / BANDWIDTH, 2.0 * n * k * count / best / FLOPS)
+                print(
+                    f"{model} {name}{' added' if adds else ''}, {count} tokens: torch {found[None] * 1e6:.1f}, {best * 1e6:.1f} us,",
+                    end=" ",
+                )
+                print(f"{best / found[None]:.3f}, {rate:.0%} of the roofline: {entry(found)}", flush=True)
+                entries = content["blas"]["onto" if adds else "plain"].setdefault(f"{n}x{k}", {})
+                entries[str(count)] = entry(found)
+                file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-3.1-8b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    sweep(arguments.models, arguments.tokens, arguments.file)
+
+
+if __name__ == "__main__":
+    main()

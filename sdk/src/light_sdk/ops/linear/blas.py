@@ -1,0 +1,284 @@
+"""Products of many tokens by cuBLASLt, with the algorithm that was measured to be the fastest of all that it has.
+
+torch's product takes the algorithm that cuBLAS guesses from the shape. Of some shapes another one is faster by 5 to 25 %
+(H200, docs/decisions/0017), and it can be named: by its tile, its cluster and what else tells cuBLAS's kernels apart. Such
+names stand in the data files of `tuning.py`, for one version of cuBLAS, as the next may have others. Where they have none,
+and on other versions, the product is torch's.
+
+The library is the one that torch has loaded. Not in it: the choice of kernels for a few tokens (`kernel.py`).
+"""
+
+import ctypes
+import functools
+import os
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from light_core.engine.fakes import is_fake
+from light_sdk.ops.tuning import device_name, read_configs
+
+__all__ = ["Algorithm", "Product", "add_product", "product", "suggested_algorithms", "tuned_algorithm", "version"]
+
+PACKAGE = "light_sdk.ops.linear"
+WORKSPACE_BYTES = 1 << 20
+ALIGNMENT = 256
+"""Bytes, of addresses: what cuBLAS's algorithms may take for granted unless told otherwise."""
+COMPUTE_32F, REAL_32F, REAL_16BF, TRANSPOSED = 68, 0, 14, 1
+TRANSPOSE_A = 3
+"""Of a product's attributes."""
+COLUMNS = 3
+"""Of a matrix's."""
+ALGORITHM_WORDS, RESULT_WORDS = 8, 12
+MOST_WORKSPACE, MAX_SUGGESTED = 1, 16
+ATTRIBUTES = {"id": 0, "tile": 1, "split_k": 2, "sums": 3, "custom": 5, "stages": 6, "cluster": 8}
+"""Of an algorithm: cuBLAS's number of each."""
+SPLIT_SUMS = 2
+"""How parts along K are added up: in float32, in the workspace."""
+HOPPER_KERNELS, HOPPER_STAGES = 66, 35
+"""cuBLAS's id of its kernels for Hopper, and of "as many stages as fit"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """One of cuBLASLt's kernels for Hopper, by attributes of `cublasLtMatmulAlgoConfigAttributes_t`.
+
+    Attributes:
+        tile: `cublasLtMatmulTile_t`.
+        cluster: `cublasLtClusterShape_t`.
+        custom: what cuBLAS does not name: the order of tiles, and which operand a pair of warp groups shares.
+        split_k: parts along K.
+    """
+
+    tile: int
+    cluster: int
+    custom: int = 0
+    split_k: int = 1
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As the reference of `linear`."""
+    found = _find(x, weight, False) if bias is None else None
+    if found is None:
+        return F.linear(x, weight, bias)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    found(x, weight, out)
+    return out
+
+
+def add_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Overwrites `out` `[T, N]`, contiguous, with `out + x @ weight.T`, rounded once."""
+    found = _find(x, weight, True)
+    if found is None or out.data_ptr() % ALIGNMENT:
+        torch.addmm(out, x, weight.t(), out=out)
+    else:
+        found(x, weight, out)
+
+
+def tuned_algorithm(entries: dict[str, Any], num_tokens: int) -> Algorithm | None:
+    """The algorithm for `num_tokens`: that of the least number of tokens not below it, if that is less than twice as many.
+
+    Args:
+        entries: of one weight: number of tokens to attributes, or to "blas" where torch's own product is as fast.
+        num_tokens: of the product.
+    """
+    sizes = sorted(map(int, entries))
+    at = bisect_left(sizes, num_tokens)
+    if at == len(sizes) or sizes[at] >= 2 * num_tokens or entries[str(sizes[at])] == "blas":
+        return None
+    return Algorithm(**entries[str(sizes[at])])
+
+
+def suggested_algorithms(n: int, k: int, num_tokens: int) -> set[Algorithm]:
+    """What cuBLAS would take for a product of that shape, and what it thinks nearly as good; on the current CUDA device."""
+    cublas, preference, count = _cublas(), ctypes.c_void_p(), ctypes.c_int()
+    results = (ctypes.c_uint64 * RESULT_WORDS * MAX_SUGGESTED)()
+    matrices = [_matrix(k, n), _matrix(k, num_tokens), _matrix(n, num_tokens)]
+    _must(cublas.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
+    limit = ctypes.c_uint64(WORKSPACE_BYTES)
+    _must(cublas.cublasLtMatmulPreferenceSetAttribute(preference, MOST_WORKSPACE, ctypes.byref(limit), ctypes.c_size_t(8)))
+    arguments = (_handle(torch.cuda.current_device()), _kind(), *matrices, matrices[-1], preference, MAX_SUGGESTED, results)
+    status = cublas.cublasLtMatmulAlgoGetHeuristic(*arguments, ctypes.byref(count))
+    cublas.cublasLtMatmulPreferenceDestroy(preference)
+    for matrix in matrices:
+        cublas.cublasLtMatrixLayoutDestroy(matrix)
+    _must(status)
+    found = [_attributes(result) for result in results[: count.value]]
+    return {
+        Algorithm(attributes["tile"], attributes["cluster"], attributes["custom"], attributes["split_k"])
+        for attributes in found
+        if attributes["id"] == HOPPER_KERNELS
+    }
+
+
+class Product:
+    """Products of one weight's shape by one algorithm, on the current CUDA device.
+
+    Args:
+        algorithm: to take.
+        n: rows of the weight.
+        k: its columns.
+        most_tokens: that `x` will have.
+        adds: whether the product is added to what `out` has.
+        workspace: uint8, of the device; None has `WORKSPACE_BYTES` that all products of the device share, as they follow each
+            other in one stream.
+
+    Raises:
+        ValueError: cuBLAS does not have the algorithm for this shape, or it needs more workspace.
+    """
+
+    def __init__(self, algorithm: Algorithm, n: int, k: int, most_tokens: int, adds: bool, workspace: torch.Tensor | None = None) -> None:
+        self._cublas, device = _cublas(), torch.cuda.current_device()
+        self._handle, self._kind = _handle(device), _kind()
+        self._workspace = _workspace(device) if workspace is None else workspace
+        self._weight, self._x, self._out = _matrix(k, n), _matrix(k, most_tokens), _matrix(n, most_tokens)
+        self._num_tokens, self._lock = most_tokens, Lock()
+        self._one, self._beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if adds else 0.0)
+        self._algorithm = self._named(algorithm)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes `x @ weight.T`, or adds it, to `out`.
+
+        Args:
+            x: `[T, K]` bfloat16, contiguous, at a multiple of `ALIGNMENT` bytes, as the others are.
+            weight: `[N, K]`.
+            out: `[T, N]`.
+        """
+        stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+        out_matrix, out_ptr = self._out, ctypes.c_void_p(out.data_ptr())
+        with self._lock:
+            self._set_tokens(x.shape[0])
+            _must(
+                self._cublas.cublasLtMatmul(
+                    *(self._handle, self._kind, ctypes.byref(self._one)),
+                    *(ctypes.c_void_p(weight.data_ptr()), self._weight, ctypes.c_void_p(x.data_ptr()), self._x),
+                    *(ctypes.byref(self._beta), out_ptr, out_matrix, out_ptr, out_matrix, self._algorithm),
+                    *(ctypes.c_void_p(self._workspace.data_ptr()), ctypes.c_size_t(self._workspace.numel()), stream),
+                )
+            )
+
+    def _set_tokens(self, num_tokens: int) -> None:
+        if num_tokens != self._num_tokens:
+            columns = ctypes.c_uint64(num_tokens)
+            for matrix in (self._x, self._out):
+                _must(self._cublas.cublasLtMatrixLayoutSetAttribute(matrix, COLUMNS, ctypes.byref(columns), ctypes.c_size_t(8)))
+            self._num_tokens = num_tokens
+
+    def _named(self, algorithm: Algorithm) -> Any:
+        named, checked = (ctypes.c_uint64 * ALGORITHM_WORDS)(), (ctypes.c_uint64 * RESULT_WORDS)()
+        types = (COMPUTE_32F, REAL_32F, *(REAL_16BF,) * 4)
+        status = self._cublas.cublasLtMatmulAlgoInit(self._handle, *types, HOPPER_KERNELS, named)
+        sums = SPLIT_SUMS if algorithm.split_k > 1 else 0
+        for name, value in {**asdict(algorithm), "sums": sums, "stages": HOPPER_STAGES}.items():
+            stored, size = _attribute(name, value)
+            status = status or self._cublas.cublasLtMatmulAlgoConfigSetAttribute(named, ATTRIBUTES[name], ctypes.byref(stored), size)
+        matrices = (self._weight, self._x, self._out, self._out)
+        status = status or self._cublas.cublasLtMatmulAlgoCheck(self._handle, self._kind, *matrices, named, checked)
+        if status or checked[ALGORITHM_WORDS] > self._workspace.numel():
+            raise ValueError(f"cuBLASLt {version()} has no {algorithm} for this shape (status {status})")
+        return named
+
+
+class _Tuned:
+    """Products of one weight's shape, by number of tokens."""
+
+    def __init__(self, entries: dict[str, Any], n: int, k: int, adds: bool) -> None:
+        self._entries, self._n, self._k, self._adds = entries, n, k, adds
+        self._found: dict[Algorithm, Product] = {}
+        self._most = max(map(int, entries))
+        self.of = functools.lru_cache(maxsize=4096)(self._of)
+
+    def _of(self, num_tokens: int) -> Product | None:
+        algorithm = tuned_algorithm(self._entries, num_tokens)
+        if algorithm is not None and algorithm not in self._found:
+            self._found[algorithm] = Product(algorithm, self._n, self._k, self._most, self._adds)
+        return self._found[algorithm] if algorithm is not None else None
+
+
+def _find(x: torch.Tensor, weight: torch.Tensor, adds: bool) -> Product | None:
+    if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or x.dim() != 2 or not x.is_cuda or is_fake(x) or is_fake(weight):
+        return None
+    tuned = _tuned(x.device, *weight.shape, adds)
+    if tuned is None or not (x.is_contiguous() and weight.is_contiguous()) or x.data_ptr() % ALIGNMENT or weight.data_ptr() % ALIGNMENT:
+        return None
+    return tuned.of(x.shape[0])
+
+
+@functools.cache
+def _tuned(device: torch.device, n: int, k: int, adds: bool) -> _Tuned | None:
+    measured = read_configs(PACKAGE, device_name(device)).get("blas")
+    if not measured or version() != measured["version"]:
+        return None
+    entries = measured["onto" if adds else "plain"].get(f"{n}x{k}")
+    return _Tuned(entries, n, k, adds) if entries else None
+
+
+def _attribute(name: str, value: int = 0) -> tuple[Any, ctypes.c_size_t]:
+    """Memory of one attribute of an algorithm, and its bytes."""
+    stored = ctypes.c_uint16(value) if name == "cluster" else ctypes.c_uint32(value)
+    return stored, ctypes.c_size_t(ctypes.sizeof(stored))
+
+
+def _attributes(algorithm: Any) -> dict[str, int]:
+    found, written = {}, ctypes.c_size_t()
+    for name, number in ATTRIBUTES.items():
+        stored, size = _attribute(name)
+        _must(_cublas().cublasLtMatmulAlgoConfigGetAttribute(algorithm, number, ctypes.byref(stored), size, ctypes.byref(written)))
+        found[name] = int(stored.value)
+    return found
+
+
+@functools.cache
+def version() -> int:
+    """Of the cuBLASLt that torch has loaded: 130100 for 13.1.0; 0 if there is none."""
+    try:
+        return int(_cublas().cublasLtGetVersion())
+    except OSError:
+        return 0
+
+
+@functools.cache
+def _cublas() -> Any:
+    major = (torch.version.cuda or "0").split(".")[0]
+    library = ctypes.CDLL(f"libcublasLt.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    library.cublasLtGetVersion.restype = ctypes.c_size_t
+    return library
+
+
+@functools.cache
+def _handle(device_index: int) -> ctypes.c_void_p:
+    """Kept for as long as the process lives, as torch keeps its own."""
+    handle = ctypes.c_void_p()
+    _must(_cublas().cublasLtCreate(ctypes.byref(handle)))
+    return handle
+
+
+@functools.cache
+def _kind() -> ctypes.c_void_p:
+    """`weight` transposed by `x`, summed in float32: columns of cuBLAS are rows of torch."""
+    kind, transposed = ctypes.c_void_p(), ctypes.c_int32(TRANSPOSED)
+    _must(_cublas().cublasLtMatmulDescCreate(ctypes.byref(kind), COMPUTE_32F, REAL_32F))
+    _must(_cublas().cublasLtMatmulDescSetAttribute(kind, TRANSPOSE_A, ctypes.byref(transposed), ctypes.c_size_t(4)))
+    return kind
+
+
+@functools.cache
+def _workspace(device_index: int) -> torch.Tensor:
+    assert not torch.cuda.is_current_stream_capturing(), "run the op once before it is captured"
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{device_index}")
+
+
+def _matrix(rows: int, columns: int) -> ctypes.c_void_p:
+    matrix = ctypes.c_void_p()
+    sizes = (ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows))
+    _must(_cublas().cublasLtMatrixLayoutCreate(ctypes.byref(matrix), REAL_16BF, *sizes))
+    return matrix
+
+
+def _must(status: int) -> None:
+    if status:
+        raise RuntimeError(f"cuBLASLt failed with status {status}")

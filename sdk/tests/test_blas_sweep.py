@@ -1,0 +1,51 @@
+"""`sdk/benchmarks/blas.py`: what is written of what was measured."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from light_sdk.ops.linear.blas import Algorithm
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ONE, OTHER = Algorithm(1, 5), Algorithm(2, 3, custom=4, split_k=2)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("blas")
+    for name in ("blas", "linear", "ops"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("found", "entry"),
+    [
+        ({None: 1.0, ONE: 0.9, OTHER: 0.8}, {"tile": 2, "cluster": 3, "custom": 4, "split_k": 2}),
+        ({None: 1.0, ONE: 0.9, OTHER: 0.95}, {"tile": 1, "cluster": 5}),
+        ({None: 1.0, ONE: 0.995, OTHER: 1.1}, "blas"),  # half a percent is no reason
+        ({None: 1.0, ONE: 1.2}, "blas"),
+    ],
+)
+def test_entry(benchmark, found, entry) -> None:
+    assert benchmark.entry(found) == entry
+
+
+def test_sweep(benchmark, monkeypatch, tmp_path, capsys) -> None:
+    """What was measured before stays, unless it was measured with another cuBLAS."""
+    monkeypatch.setattr(benchmark, "MODELS", {"tiny": {"qkv": (48, 16), "down": (16, 32)}})
+    monkeypatch.setattr(benchmark, "candidates", lambda models: [ONE, OTHER])
+    monkeypatch.setattr(benchmark, "times", lambda tried, n, k, tokens, adds: {None: 1.0, ONE: 0.5 if adds or n == 48 else 2.0})
+    monkeypatch.setattr(benchmark, "version", lambda: 7)
+    path, one = tmp_path / "out.json", {"tile": 1, "cluster": 5}
+    path.write_text(json.dumps({"row": 1, "blas": {"version": 7, "plain": {"48x16": {"32": "blas"}}, "onto": {}}}))
+    benchmark.sweep(["tiny"], (64, 1024), path)
+    plain, onto = {"48x16": {"32": "blas", "64": one, "1024": one}, "16x32": {"64": "blas", "1024": "blas"}}, {"16x32": {"1024": one}}
+    assert json.loads(path.read_text()) == {"row": 1, "blas": {"version": 7, "plain": plain, "onto": onto}}
+    assert "tiny down added, 1024 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "version", lambda: 8)
+    benchmark.sweep(["tiny"], (64,), path)
+    assert json.loads(path.read_text())["blas"] == {"version": 8, "plain": {"48x16": {"64": one}, "16x32": {"64": "blas"}}, "onto": {}}
