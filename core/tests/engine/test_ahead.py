@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from light_core.config import EngineConfig
+from light_core.engine import ahead as engine_ahead
 from light_core.engine import compilation, rehearsal
 from light_core.engine.ahead import compile_ahead
 from light_core.engine.compilation import CompileQueue
@@ -67,6 +68,40 @@ def test_kernels_are_there_when_the_block_ends(queues: list[CompileQueue], monke
         ahead.collect()
         assert len(queues[0].pending) == 2
     assert kept[-2:] == ["first", "second"]
+
+
+def test_libraries_are_loaded_beside_the_steps_and_are_there_when_all_is_collected(
+    queues: list[CompileQueue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    go_on = threading.Event()
+
+    def load() -> None:
+        assert go_on.wait(TIMEOUT_S)
+        events.append("loaded")
+
+    def start_libraries(ops: set[Any]) -> threading.Thread | None:
+        if not ops:
+            return None
+        thread = threading.Thread(target=load)
+        thread.start()
+        return thread
+
+    def steps(self: Steps, launched: Sequence[object]) -> Iterator[str]:
+        yield "one"
+        self.ops.add("attention")
+        yield "two"
+        events.append("two")
+        yield "three"
+        events.append("three")
+        go_on.set()
+
+    monkeypatch.setattr(engine_ahead, "start_libraries", start_libraries)
+    monkeypatch.setattr(Steps, "steps", steps)
+    with compile_ahead(GPU, CONFIG) as started:
+        assert started is not None
+        started.collect()
+        assert events == ["two", "three", "loaded"]
 
 
 def test_a_model_that_cannot_be_rehearsed_starts(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from light_core.engine import compilation
 from light_core.engine.compilation import CompileQueue, PendingKernel
 
 TIMEOUT_S = 20.0
@@ -38,6 +39,20 @@ def test_a_thread_compiles_and_the_cache_gets_it() -> None:
     assert queue.finish() == []
     assert cache.kernel == pending.result() == "kernel"
     assert len(compiled_by) == 1
+
+
+def test_tritons_driver_is_made_beside_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = threading.Event()
+
+    class Driver:
+        @property
+        def default(self) -> None:
+            made.set()
+
+    monkeypatch.setattr(compilation, "driver", Driver())
+    queue = CompileQueue(1)
+    assert made.wait(TIMEOUT_S)
+    queue.cancel()
 
 
 def test_one_request_for_one_kernel() -> None:

@@ -38,26 +38,31 @@ class AheadCompilation:
 
     def __init__(self, rehearsal: "Rehearsal", queue: "CompileQueue") -> None:
         self._rehearsal, self._queue = rehearsal, queue
-        self._began = time.perf_counter()
+        self._began = self._asked = time.perf_counter()
         self._thread = threading.Thread(target=self._collect, name="rehearsal", daemon=True)
         self._is_cancelled = False
         self._thread.start()
 
     def _collect(self) -> None:
         name = "no step"
+        libraries: threading.Thread | None = None
         try:
             with self._queue.collecting():
                 for name in self._rehearsal.steps(self._queue.launched):
                     logger.debug("rehearsed %s: %d kernels so far", name, len(self._queue.pending))
                     if self._is_cancelled:
                         return
-            start_libraries(self._rehearsal.ops)
+                    libraries = libraries or start_libraries(self._rehearsal.ops)
+            self._asked = time.perf_counter()
         except Exception as error:  # of a third party's op, of torch or of Triton: the steps themselves will tell
             logger.info("kernels of the steps after %s are compiled when they are launched: %r", name, error)
             logger.debug("not rehearsed", exc_info=True)
+        if libraries is not None:
+            libraries.join()
 
     def collect(self) -> None:
-        """Waits until every kernel of the steps to come has been asked for. Before anything is launched."""
+        """Waits until every kernel of the steps to come has been asked for, and the libraries that they call are loaded. Before
+        anything is launched."""
         self._thread.join()
 
     def finish(self) -> None:
@@ -65,8 +70,8 @@ class AheadCompilation:
         self.collect()
         for error in self._queue.finish():
             logger.debug("a kernel cannot be compiled: %s", error)
-        seconds = time.perf_counter() - self._began
-        logger.info("%d kernels compiled ahead, the last after %.1f s", len(self._queue.pending), seconds)
+        count, asked_s, ready_s = len(self._queue.pending), self._asked - self._began, max(0.0, self._queue.finished - self._began)
+        logger.info("%d kernels compiled ahead, asked for within %.1f s, the last ready after %.1f s", count, asked_s, ready_s)
 
     def cancel(self) -> None:
         """Stops as soon as it can, and does not wait for it."""
@@ -92,12 +97,16 @@ def compile_ahead(resolved: Resolved, config: EngineConfig) -> Iterator[AheadCom
 def _start(resolved: Resolved, config: EngineConfig) -> AheadCompilation | None:
     if not config.compile_ahead or not resolved.device.startswith("cuda"):
         return None
+    queue = None
     try:
         from light_core.engine.compilation import CompileQueue
         from light_core.engine.rehearsal import Rehearsal
 
-        return AheadCompilation(Rehearsal(resolved, config), CompileQueue(min(MAX_THREADS, len(os.sched_getaffinity(0)))))
+        queue = CompileQueue(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+        return AheadCompilation(Rehearsal(resolved, config), queue)
     except Exception as error:  # a plugin that does not bear it, a fault that the engine's own binding tells, another Triton or torch
+        if queue is not None:
+            queue.cancel()
         logger.info("kernels are compiled when they are launched: %r", error)
         logger.debug("not rehearsed", exc_info=True)
         return None

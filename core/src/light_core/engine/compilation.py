@@ -1,6 +1,7 @@
 """Triton kernels compiled by threads before they are launched, and launches that wait for the one they need.
 
-Compiling a kernel takes Triton a quarter of a second to a second, most of it without Python's lock. Inside of
+Compiling a kernel takes Triton a quarter of a second to a second, most of it without Python's lock; to 3.6 it has a C
+compiler make the function that launches it, another sixth of a second, which is done here too. Inside of
 `CompileQueue.collecting` a launch is not one: its arguments are specialised as ever, and the kernel that they ask for is
 compiled by a thread. A launch outside finds that kernel in Triton's own cache. If a thread compiles it just then it waits
 for that one alone; if none has begun it compiles at once itself; what compilation raises, the launch raises, as if nobody
@@ -11,13 +12,16 @@ Triton's half is `triton.runtime._async_compile` (from 3.5), whose place a queue
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from triton import knobs
-from triton.runtime import _async_compile
+from triton.compiler import CompiledKernel
+from triton.runtime import _async_compile, driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
@@ -85,11 +89,15 @@ class CompileQueue:
     Attributes:
         launched: what was launched while this queue collected, in order: `PendingKernel`s, or Triton's kernels where they
             were there already.
+        finished: when a thread had its last kernel ready, by `time.perf_counter`; 0 before the first.
     """
 
     def __init__(self, num_threads: int) -> None:
         self.launched: list[object] = []
+        self.finished = 0.0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+        # Triton has a C compiler make its half of the driver too, when it is first asked; the first launch would wait for it.
+        self._pool.submit(lambda: driver.default)
         self._pending: dict[str, PendingKernel] = {}
         self._function = ""
 
@@ -133,13 +141,22 @@ class CompileQueue:
     ) -> PendingKernel:
         """Called by Triton for a kernel that its cache does not have."""
         if key not in self._pending:
-            self._pending[key] = PendingKernel(self._function, compile_kernel, forget, self._pool.submit(compile_kernel))
+            future = self._pool.submit(partial(self._make_ready, compile_kernel))
+            self._pending[key] = PendingKernel(self._function, compile_kernel, forget, future)
         pending = self._pending[key]
         # Later versions of Triton do this by themselves; in 3.6 only what is compiled comes into its cache.
         if knobs.runtime.jit_post_compile_hook is None:
             keep(pending)
         pending.tell(keep)
         return pending
+
+    def _make_ready(self, compile_kernel: Callable[[], Any]) -> Any:
+        """The kernel, whose launcher is in Triton's cache too. It is not loaded: CUDA may be capturing a graph just then."""
+        kernel = compile_kernel()
+        if isinstance(kernel, CompiledKernel):
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
+        self.finished = time.perf_counter()
+        return kernel
 
     def finish(self) -> list[Exception]:
         """Waits for all kernels, which are in Triton's cache then; returns why some are not. Call it once, at last."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import zmq
 
 from light_core.config import EngineConfig
+from light_core.engine.device_start import start_driver
 from light_core.engine.requests import EngineRequest, EngineStats, MediaItem, TokenUpdate
 from light_core.engine.threads import serving_threads
 from light_core.errors import LightError, RequestError
@@ -312,6 +313,7 @@ def main(child: Child) -> None:
         board.write("progress", {"phase": str(phase)[:200], "progress": round(float(fraction), 4)})
 
     progress("imports", 0.0)
+    start_driver(boot.config.device)
     factory: EngineFactory = load_target(boot.settings.engine)
     engine = factory(boot.config, boot.refs, progress)
     card = engine.card
