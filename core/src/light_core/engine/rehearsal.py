@@ -30,6 +30,7 @@ NUM_SLOTS = 1 << 16
 FIRST_PROMPTS = (5, 300)
 """Lengths of the first requests' prompts; the second comes beside the first one's decode."""
 MAX_OUTPUT = 4
+MIXED_DECODES, FEW_PROMPT_TOKENS = 8, 16
 
 
 class Rehearsal:
@@ -87,6 +88,8 @@ class Rehearsal:
         runner.runtime = replace(runner.runtime, layers=(*runner.runtime.layers, runner.runtime.layers[-1]))
         runner.kv = (*runner.kv, runner.kv[-1])
         limits = self._limits
+        for count, num_prompt_tokens in _mixed_sizes(limits.max_num_seqs, limits.max_num_batched_tokens):
+            yield f"{count} decodes and {num_prompt_tokens} tokens of a prompt", partial(runner.mixed_padding, count, num_prompt_tokens)
         max_len = min(limits.max_model_len, max(FIRST_PROMPTS) + MAX_OUTPUT)
         scheduler = Scheduler(
             num_slots=NUM_SLOTS,
@@ -124,3 +127,14 @@ class Rehearsal:
         assert plan is not None, "a request waits"
         self._runner.launch(plan)
         scheduler.commit(plan, np.zeros(len(plan.sampled), np.int32))
+
+
+def _mixed_sizes(max_num_seqs: int, max_num_tokens: int) -> Iterator[tuple[int, int]]:
+    """Decodes, and tokens of a prompt beside them: kernels are chosen by powers of two of the ones, and by whether the others
+    are few or many."""
+    most, count = min(max_num_seqs, max_num_tokens) - 1, MIXED_DECODES
+    while count < most:
+        yield count, min(FEW_PROMPT_TOKENS, max_num_tokens - count)
+        count *= 2
+    if most > 0:
+        yield most, max_num_tokens - most

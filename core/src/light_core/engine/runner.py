@@ -32,6 +32,7 @@ from light_core.types import Hidden, KVView, Step
 __all__ = ["Launched", "ModelRunner"]
 
 PROFILED_PREFIX = 32768  # tokens; workspace of attention kernels is bounded well before
+MIXED_PREFIX = 1024  # tokens; what workspace is cut into is longer
 PROMPT_ROWS = 512  # prompt-logprob rows whose logits exist at the same time
 
 
@@ -124,14 +125,15 @@ class ModelRunner:
         step.logits_rows = torch.arange(rows, device=self.device)
         self.sampler.profile(self._forward(step))
 
-    def _padding_prompts(self, tokens: int, prefix: int = 0) -> Step:
-        """A step of `tokens` tokens of padding, as prompts, the first of them after `prefix` more, as far as the model's length
-        and the number of requests allow."""
-        share = min(tokens, self.limits.max_model_len)
-        lens = [share] * (tokens // share) + ([tokens % share] if tokens % share else [])
-        lens = lens[: self.limits.max_num_seqs]
+    def _padding_prompts(self, tokens: int, prefix: int = 0, num_decodes: int = 0) -> Step:
+        """A step of `tokens` tokens of padding: decodes of their first token, then prompts, the first of them after `prefix` more
+        tokens, as far as the model's length and the number of requests allow."""
+        left, share = tokens - num_decodes, min(tokens - num_decodes, self.limits.max_model_len)
+        prompts = [share] * (left // share) + ([left % share] if left % share else [])
+        prompts = prompts[: self.limits.max_num_seqs - num_decodes]
+        lens = [1] * num_decodes + prompts
         total = sum(lens)
-        seq_lens = [min(lens[0] + prefix, self.limits.max_model_len), *lens[1:]]
+        seq_lens = [1] * num_decodes + [min(prompts[0] + prefix, self.limits.max_model_len), *prompts[1:]]
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lens])
         step = self._step(
@@ -146,11 +148,11 @@ class ModelRunner:
                 "positions": positions,
                 "context_lens": np.full(total, share, np.int32),
             },
-            num_decodes=0,
+            num_decodes=num_decodes,
             max_query_len=share,
             max_seq_len=max(seq_lens),
         )
-        step.prefill_lens = tuple(zip(lens, seq_lens))
+        step.prefill_lens = tuple(zip(lens[num_decodes:], seq_lens[num_decodes:]))
         if self._axes is not None:
             step.media_positions = step.positions.repeat(3, 1)
         return step
@@ -220,6 +222,14 @@ class ModelRunner:
     def prompt_padding(self, size: int) -> torch.Tensor:
         """Logits `[1, V]` of a step of `size` tokens of padding, as prompts: what is captured for that size is part of it."""
         return self._forward(self._padding_prompts(size))
+
+    @torch.inference_mode()
+    def mixed_padding(self, num_decodes: int, num_prompt_tokens: int) -> torch.Tensor:
+        """Logits of a step of padding: decodes, and a prompt that goes on after a short prefix. A token of each is wanted."""
+        step = self._padding_prompts(num_decodes + num_prompt_tokens, MIXED_PREFIX, num_decodes)
+        step.logits_rows = step.cu_seqlens_q[1:].long() - 1
+        wanted = wanted_step(step, self._arange[: len(step.logits_rows)].long()) if self._narrows else None
+        return self._logits(hidden_states(self.runtime, self.kv, step, wanted), wanted or step)
 
     def _stage_padding(self, size: int) -> None:
         self._staging.upload(_padding(size, self.limits.max_num_seqs, self.num_slots - 1))

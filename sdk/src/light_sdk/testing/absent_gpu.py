@@ -21,7 +21,7 @@ from triton.runtime import driver
 from light_core.engine.fakes import fake_device, is_fake
 from light_core.ops import Machine
 
-__all__ = ["GPUS", "Gpu", "absent_gpu"]
+__all__ = ["GPUS", "Gpu", "absent_gpu", "fake_gpu"]
 
 
 MAX_THREADS = 1024  # of a program
@@ -88,12 +88,13 @@ def absent_gpu(gpu: Gpu) -> Iterator[list[object]]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, mock.Mock(return_value=answer)))
         # Where a rehearsal begins, in whatever thread.
-        stack.enter_context(mock.patch("light_core.engine.rehearsal.fake_device", _fake_device))
+        stack.enter_context(mock.patch("light_core.engine.rehearsal.fake_device", fake_gpu))
         yield launches
 
 
 @contextmanager
-def _fake_device() -> Iterator[Set[Any]]:
+def fake_gpu() -> Iterator[Set[Any]]:
+    """`fake_device` for an absent GPU, with a torch that may have been built without CUDA."""
     with _WithoutGuard(), fake_device() as ops:
         yield ops
 

@@ -145,7 +145,7 @@ def _gather(cache_SKD: torch.Tensor, slots: torch.Tensor, num_rows: int) -> torc
     return dense
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["a_lse_ptr", "b_lse_ptr", "a_lse_stride_t", "a_lse_stride_h", "b_lse_stride_t", "b_lse_stride_h"])
 def _merge_kernel(
     out_ptr: tl.tensor,
     out_lse_ptr: tl.tensor,

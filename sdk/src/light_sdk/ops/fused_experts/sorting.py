@@ -21,6 +21,8 @@ __all__ = ["MAX_SINGLE", "SortedPairs", "max_blocks", "sort_pairs"]
 MAX_SINGLE = 2048
 SINGLE_CHUNK, SINGLE_SLICE = 32, 256
 CHUNK, SLICE = 256, 32
+LEAST_CHUNKS = 256
+"""That a program looks at: those of 65,536 pairs, so that fewer are not other kernels."""
 """Pairs of a program, and how many it compares them with at a time: their product has to fit in registers."""
 BLOCK_SLICE = 16
 """Blocks that are compared with all experts at a time."""
@@ -267,7 +269,7 @@ def sort_pairs(ids_Tk: torch.Tensor, num_experts: int, block_m: int) -> SortedPa
         counts, up_to = torch.empty((2, num_chunks * num_experts), dtype=torch.int32, device=ids_Tk.device)
         totals = torch.empty_like(ends)
         _count_kernel[(num_chunks,)](counts, up_to, ids_Tk, num_pairs, CHUNK=CHUNK, **shapes)
-        block_c = triton.next_power_of_2(num_chunks)
+        block_c = max(LEAST_CHUNKS, triton.next_power_of_2(num_chunks))
         _begin_kernel[(num_experts,)](counts, up_to, totals, ends, num_chunks, NUM_EXPERTS=num_experts, BLOCK_C=block_c, **launch)
         _place_kernel[(num_chunks,)](
             *results, counts, totals, ids_Tk, *sizes_now, BLOCK_M=block_m, CHUNK=CHUNK, SLICE=SLICE, num_warps=NUM_WARPS, **shapes

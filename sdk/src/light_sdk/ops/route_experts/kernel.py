@@ -108,7 +108,7 @@ def store_choice(
     tl.store(ids_ptr + places, ids, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route_kernel(
     weights_ptr: tl.tensor,
     ids_ptr: tl.tensor,
