@@ -1,8 +1,12 @@
-"""What compiled kernels share: C functions on torch's threads."""
+"""What compiled kernels share: C functions on torch's threads, and that they are compiled once."""
 
 import ctypes
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +54,30 @@ def test_without_openmp_once(calls, monkeypatch) -> None:
     seen, function = calls
     compiled.run(address(function), 3, 8)
     assert seen == [(3, threading.get_native_id())]
+
+
+KERNELS = """
+import torch
+from light_sdk.ops.act_and_mul.compiled import _kernel as act_and_mul
+from light_sdk.ops.attention.compiled import _kernel as attention
+from light_sdk.ops.rms_norm.compiled import _kernel as rms_norm
+from light_sdk.ops.rotary.compiled import _kernel as rotary
+from light_sdk.ops.rotary_kv.compiled import _kernel as rotary_kv
+
+for kernel in (act_and_mul, rms_norm, rotary, rotary_kv):
+    kernel(torch.bfloat16)
+attention(torch.bfloat16, 0, True)
+"""
+
+
+def test_a_kernel_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
+    """What a kernel closes over is part of its name in numba's cache: it must be the same in every process."""
+
+    def files() -> set[str]:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", KERNELS], env=environment, timeout=240, check=True)
+        return {str(file) for file in tmp_path.rglob("*.nbc")}
+
+    first = files()
+    assert len(first) == 5
+    assert files() == first

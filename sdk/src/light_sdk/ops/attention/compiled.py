@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import cfunc
 
 from light_core.types import Step
 from light_sdk.ops.attention import cpu
@@ -226,149 +226,148 @@ def _kernel(dtype: torch.dtype, unrolled: int, in_pairs: bool) -> Any:
     """
     element, size, pair = ELEMENTS[dtype], dtype.itemsize, 2 if in_pairs else 1
 
-    @njit(fastmath=FAST, error_model="numpy")
-    def attend(args: Any, scale: Any, scratch_at: int, b: int, part: int) -> None:
-        num_heads, num_kv_heads = args[_HEADS], args[_KV_HEADS]
-        head_dim = np.int64(unrolled) if unrolled != 0 else args[_HEAD_DIM]
-        group, token_size, all_heads = num_heads // num_kv_heads, num_kv_heads * head_dim, num_heads * head_dim
-        first_kv, last_kv = part * num_kv_heads // args[_PARTS], (part + 1) * num_kv_heads // args[_PARTS]
-        first_head, last_head = first_kv * group, last_kv * group
-        starts = array(args[_STARTS] + 4 * b, 2, np.int32)
-        begin_token, end_token = np.int64(starts[0]), np.int64(starts[1])
-        k, v = array(args[_K], args[_SLOTS] * token_size, element), array(args[_V], args[_SLOTS] * token_size, element)
-        row, held = np.int64(array(args[_ROWS] + 4 * b, 1, np.int32)[0]), np.int64(array(args[_LENS] + 4 * b, 1, np.int32)[0])
-        table = array(args[_TABLE] + 4 * row * args[_TABLE_LEN], args[_TABLE_LEN], np.int32)
-        max_len, window = args[_MAX_LEN], args[_WINDOW]
-        query, sums = array(scratch_at, all_heads, np.float32), array(scratch_at + 4 * all_heads, all_heads, np.float32)
-        scores = array(scratch_at + 8 * all_heads, num_heads * max_len, np.float32)
-        if args[_NEW_K] != 0:
-            width, interleaved = args[_WIDTH], args[_INTERLEAVED] != 0
-            for token in range(begin_token, end_token):
-                angles = array(args[_ANGLES] + 4 * token * width, width, np.float32)
-                q = array(args[_Q] + token * args[_Q_STRIDE] * size, all_heads, element)
-                new_k = array(args[_NEW_K] + token * args[_K_STRIDE] * size, token_size, element)
-                new_v = array(args[_NEW_V] + token * args[_V_STRIDE] * size, token_size, element)
-                place = array(args[_NEW_SLOTS] + 8 * token, 1, np.int64)[0] * token_size
-                # The usual width is known to the compiler.
-                if unrolled != 0 and width == unrolled:
-                    for head in range(first_head, last_head):
-                        turn(q, head * head_dim, angles, 0, unrolled, interleaved)
-                    for head in range(first_kv, last_kv):
-                        turn(new_k, head * head_dim, angles, 0, unrolled, interleaved)
-                else:
-                    for head in range(first_head, last_head):
-                        turn(q, head * head_dim, angles, 0, width, interleaved)
-                    for head in range(first_kv, last_kv):
-                        turn(new_k, head * head_dim, angles, 0, width, interleaved)
-                for i in range(first_kv * head_dim, last_kv * head_dim):
-                    k[np.uint64(place + i)] = new_k[np.uint64(i)]
-                    v[np.uint64(place + i)] = new_v[np.uint64(i)]
-        for token in range(begin_token, end_token):
-            seq_len = held - (end_token - 1 - token)
-            first = seq_len - window if 0 < window < seq_len else np.int64(0)
-            q = array(args[_Q] + token * args[_Q_STRIDE] * size, all_heads, element)
-            out = array(args[_OUT] + token * all_heads * size, all_heads, element)
-            for i in range(first_head * head_dim, last_head * head_dim):
-                store(query, i, load(q, i) * scale)
-                store(sums, i, np.float32(0.0))
-            # Four positions at a time: the end of a sum costs as much as a head's worth of it.
-            for j in range(first, seq_len, 4):
-                last = seq_len - 1
-                at_0, at_1 = np.int64(table[j]) * token_size, np.int64(table[min(j + 1, last)]) * token_size
-                at_2, at_3 = np.int64(table[min(j + 2, last)]) * token_size, np.int64(table[min(j + 3, last)]) * token_size
-                for kv_head in range(first_kv, last_kv):
-                    at = kv_head * head_dim
-                    for head in range(kv_head * group, (kv_head + 1) * group, pair):
-                        near_0, near_1, near_2, near_3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-                        far_0, far_1, far_2, far_3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-                        mine, other = head * head_dim, (head + pair - 1) * head_dim
-                        for i in range(head_dim):
-                            key_0, key_1, key_2, key_3 = (
-                                load(k, at_0 + at + i),
-                                load(k, at_1 + at + i),
-                                load(k, at_2 + at + i),
-                                load(k, at_3 + at + i),
-                            )
-                            wanted = load(query, mine + i)
-                            near_0 += wanted * key_0
-                            near_1 += wanted * key_1
-                            near_2 += wanted * key_2
-                            near_3 += wanted * key_3
-                            if pair == 2:
-                                wanted = load(query, other + i)
-                                far_0 += wanted * key_0
-                                far_1 += wanted * key_1
-                                far_2 += wanted * key_2
-                                far_3 += wanted * key_3
-                        # Positions after the last one go to the padding behind a head's scores.
-                        where = head * max_len + j
-                        store(scores, where, near_0)
-                        store(scores, where + 1, near_1)
-                        store(scores, where + 2, near_2)
-                        store(scores, where + 3, near_3)
-                        if pair == 2:
-                            where += max_len
-                            store(scores, where, far_0)
-                            store(scores, where + 1, far_1)
-                            store(scores, where + 2, far_2)
-                            store(scores, where + 3, far_3)
-            if args[_SLOPES] != 0:
-                slopes = array(args[_SLOPES], num_heads, np.float32)
-                for head in range(first_head, last_head):
-                    for j in range(first, seq_len):
-                        bias = slopes[head] * np.float32(j - seq_len + 1)
-                        store(scores, head * max_len + j, load(scores, head * max_len + j) + bias)
-            for head in range(first_head, last_head):
-                begin, end = head * max_len + first, head * max_len + seq_len
-                largest = np.float32(-np.inf)
-                for j in range(begin, end):
-                    largest = max(largest, load(scores, j))
-                total = np.float32(0.0)
-                for j in range(begin, end):
-                    weight = exp(load(scores, j) - largest)
-                    store(scores, j, weight)
-                    total += weight
-                # What a padding request without keys divides by; its sums are 0.
-                share = np.float32(1.0) / total if end > begin else np.float32(0.0)
-                for j in range(begin, end):
-                    store(scores, j, load(scores, j) * share)
-                for j in range(end, end + 3):
-                    store(scores, j, np.float32(0.0))
-            for j in range(first, seq_len, 4):
-                last = seq_len - 1
-                at_0, at_1 = np.int64(table[j]) * token_size, np.int64(table[min(j + 1, last)]) * token_size
-                at_2, at_3 = np.int64(table[min(j + 2, last)]) * token_size, np.int64(table[min(j + 3, last)]) * token_size
-                for kv_head in range(first_kv, last_kv):
-                    at = kv_head * head_dim
-                    for head in range(kv_head * group, (kv_head + 1) * group, pair):
-                        where = head * max_len + j
-                        near_0, near_1, near_2, near_3 = scores[where], scores[where + 1], scores[where + 2], scores[where + 3]
-                        where += (pair - 1) * max_len
-                        far_0, far_1, far_2, far_3 = scores[where], scores[where + 1], scores[where + 2], scores[where + 3]
-                        mine, other = head * head_dim, (head + pair - 1) * head_dim
-                        for i in range(head_dim):
-                            value_0, value_1, value_2, value_3 = (
-                                load(v, at_0 + at + i),
-                                load(v, at_1 + at + i),
-                                load(v, at_2 + at + i),
-                                load(v, at_3 + at + i),
-                            )
-                            store(
-                                sums,
-                                mine + i,
-                                load(sums, mine + i) + near_0 * value_0 + near_1 * value_1 + near_2 * value_2 + near_3 * value_3,
-                            )
-                            if pair == 2:
-                                store(
-                                    sums,
-                                    other + i,
-                                    load(sums, other + i) + far_0 * value_0 + far_1 * value_1 + far_2 * value_2 + far_3 * value_3,
-                                )
-            for i in range(first_head * head_dim, last_head * head_dim):
-                store(out, i, load(sums, i))
-
     @cfunc("void(int64)", cache=True, fastmath=FAST, error_model="numpy")
     def kernel(args_at: int) -> None:
+        def attend(args: Any, scale: Any, scratch_at: int, b: int, part: int) -> None:
+            num_heads, num_kv_heads = args[_HEADS], args[_KV_HEADS]
+            head_dim = np.int64(unrolled) if unrolled != 0 else args[_HEAD_DIM]
+            group, token_size, all_heads = num_heads // num_kv_heads, num_kv_heads * head_dim, num_heads * head_dim
+            first_kv, last_kv = part * num_kv_heads // args[_PARTS], (part + 1) * num_kv_heads // args[_PARTS]
+            first_head, last_head = first_kv * group, last_kv * group
+            starts = array(args[_STARTS] + 4 * b, 2, np.int32)
+            begin_token, end_token = np.int64(starts[0]), np.int64(starts[1])
+            k, v = array(args[_K], args[_SLOTS] * token_size, element), array(args[_V], args[_SLOTS] * token_size, element)
+            row, held = np.int64(array(args[_ROWS] + 4 * b, 1, np.int32)[0]), np.int64(array(args[_LENS] + 4 * b, 1, np.int32)[0])
+            table = array(args[_TABLE] + 4 * row * args[_TABLE_LEN], args[_TABLE_LEN], np.int32)
+            max_len, window = args[_MAX_LEN], args[_WINDOW]
+            query, sums = array(scratch_at, all_heads, np.float32), array(scratch_at + 4 * all_heads, all_heads, np.float32)
+            scores = array(scratch_at + 8 * all_heads, num_heads * max_len, np.float32)
+            if args[_NEW_K] != 0:
+                width, interleaved = args[_WIDTH], args[_INTERLEAVED] != 0
+                for token in range(begin_token, end_token):
+                    angles = array(args[_ANGLES] + 4 * token * width, width, np.float32)
+                    q = array(args[_Q] + token * args[_Q_STRIDE] * size, all_heads, element)
+                    new_k = array(args[_NEW_K] + token * args[_K_STRIDE] * size, token_size, element)
+                    new_v = array(args[_NEW_V] + token * args[_V_STRIDE] * size, token_size, element)
+                    place = array(args[_NEW_SLOTS] + 8 * token, 1, np.int64)[0] * token_size
+                    # The usual width is known to the compiler.
+                    if unrolled != 0 and width == unrolled:
+                        for head in range(first_head, last_head):
+                            turn(q, head * head_dim, angles, 0, unrolled, interleaved)
+                        for head in range(first_kv, last_kv):
+                            turn(new_k, head * head_dim, angles, 0, unrolled, interleaved)
+                    else:
+                        for head in range(first_head, last_head):
+                            turn(q, head * head_dim, angles, 0, width, interleaved)
+                        for head in range(first_kv, last_kv):
+                            turn(new_k, head * head_dim, angles, 0, width, interleaved)
+                    for i in range(first_kv * head_dim, last_kv * head_dim):
+                        k[np.uint64(place + i)] = new_k[np.uint64(i)]
+                        v[np.uint64(place + i)] = new_v[np.uint64(i)]
+            for token in range(begin_token, end_token):
+                seq_len = held - (end_token - 1 - token)
+                first = seq_len - window if 0 < window < seq_len else np.int64(0)
+                q = array(args[_Q] + token * args[_Q_STRIDE] * size, all_heads, element)
+                out = array(args[_OUT] + token * all_heads * size, all_heads, element)
+                for i in range(first_head * head_dim, last_head * head_dim):
+                    store(query, i, load(q, i) * scale)
+                    store(sums, i, np.float32(0.0))
+                # Four positions at a time: the end of a sum costs as much as a head's worth of it.
+                for j in range(first, seq_len, 4):
+                    last = seq_len - 1
+                    at_0, at_1 = np.int64(table[j]) * token_size, np.int64(table[min(j + 1, last)]) * token_size
+                    at_2, at_3 = np.int64(table[min(j + 2, last)]) * token_size, np.int64(table[min(j + 3, last)]) * token_size
+                    for kv_head in range(first_kv, last_kv):
+                        at = kv_head * head_dim
+                        for head in range(kv_head * group, (kv_head + 1) * group, pair):
+                            near_0, near_1, near_2, near_3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                            far_0, far_1, far_2, far_3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                            mine, other = head * head_dim, (head + pair - 1) * head_dim
+                            for i in range(head_dim):
+                                key_0, key_1, key_2, key_3 = (
+                                    load(k, at_0 + at + i),
+                                    load(k, at_1 + at + i),
+                                    load(k, at_2 + at + i),
+                                    load(k, at_3 + at + i),
+                                )
+                                wanted = load(query, mine + i)
+                                near_0 += wanted * key_0
+                                near_1 += wanted * key_1
+                                near_2 += wanted * key_2
+                                near_3 += wanted * key_3
+                                if pair == 2:
+                                    wanted = load(query, other + i)
+                                    far_0 += wanted * key_0
+                                    far_1 += wanted * key_1
+                                    far_2 += wanted * key_2
+                                    far_3 += wanted * key_3
+                            # Positions after the last one go to the padding behind a head's scores.
+                            where = head * max_len + j
+                            store(scores, where, near_0)
+                            store(scores, where + 1, near_1)
+                            store(scores, where + 2, near_2)
+                            store(scores, where + 3, near_3)
+                            if pair == 2:
+                                where += max_len
+                                store(scores, where, far_0)
+                                store(scores, where + 1, far_1)
+                                store(scores, where + 2, far_2)
+                                store(scores, where + 3, far_3)
+                if args[_SLOPES] != 0:
+                    slopes = array(args[_SLOPES], num_heads, np.float32)
+                    for head in range(first_head, last_head):
+                        for j in range(first, seq_len):
+                            bias = slopes[head] * np.float32(j - seq_len + 1)
+                            store(scores, head * max_len + j, load(scores, head * max_len + j) + bias)
+                for head in range(first_head, last_head):
+                    begin, end = head * max_len + first, head * max_len + seq_len
+                    largest = np.float32(-np.inf)
+                    for j in range(begin, end):
+                        largest = max(largest, load(scores, j))
+                    total = np.float32(0.0)
+                    for j in range(begin, end):
+                        weight = exp(load(scores, j) - largest)
+                        store(scores, j, weight)
+                        total += weight
+                    # What a padding request without keys divides by; its sums are 0.
+                    share = np.float32(1.0) / total if end > begin else np.float32(0.0)
+                    for j in range(begin, end):
+                        store(scores, j, load(scores, j) * share)
+                    for j in range(end, end + 3):
+                        store(scores, j, np.float32(0.0))
+                for j in range(first, seq_len, 4):
+                    last = seq_len - 1
+                    at_0, at_1 = np.int64(table[j]) * token_size, np.int64(table[min(j + 1, last)]) * token_size
+                    at_2, at_3 = np.int64(table[min(j + 2, last)]) * token_size, np.int64(table[min(j + 3, last)]) * token_size
+                    for kv_head in range(first_kv, last_kv):
+                        at = kv_head * head_dim
+                        for head in range(kv_head * group, (kv_head + 1) * group, pair):
+                            where = head * max_len + j
+                            near_0, near_1, near_2, near_3 = scores[where], scores[where + 1], scores[where + 2], scores[where + 3]
+                            where += (pair - 1) * max_len
+                            far_0, far_1, far_2, far_3 = scores[where], scores[where + 1], scores[where + 2], scores[where + 3]
+                            mine, other = head * head_dim, (head + pair - 1) * head_dim
+                            for i in range(head_dim):
+                                value_0, value_1, value_2, value_3 = (
+                                    load(v, at_0 + at + i),
+                                    load(v, at_1 + at + i),
+                                    load(v, at_2 + at + i),
+                                    load(v, at_3 + at + i),
+                                )
+                                store(
+                                    sums,
+                                    mine + i,
+                                    load(sums, mine + i) + near_0 * value_0 + near_1 * value_1 + near_2 * value_2 + near_3 * value_3,
+                                )
+                                if pair == 2:
+                                    store(
+                                        sums,
+                                        other + i,
+                                        load(sums, other + i) + far_0 * value_0 + far_1 * value_1 + far_2 * value_2 + far_3 * value_3,
+                                    )
+                for i in range(first_head * head_dim, last_head * head_dim):
+                    store(out, i, load(sums, i))
+
         args, scale = array(args_at, _SCALE, np.int64), np.float32(array(args_at + 8 * _SCALE, 1, np.float64)[0])
         scratch_at = args[_SCRATCH] + 4 * take(args_at + 8 * _THREAD) * args[_SCRATCH_LEN]
         item = take(args_at + 8 * _ITEM)
