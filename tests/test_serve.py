@@ -482,7 +482,8 @@ async def test_several_prompts_in_one_request(echo: Any) -> None:
 def test_disconnect_frees_kv_and_a_drain_lets_the_rest_finish(slow: Server) -> None:
     asked = {"prompt": [9, 10, 11], "max_tokens": 1500, "stream": True, "ignore_eos": True}
     with slow.http.stream("POST", "/v1/completions", json=asked) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # whose end closes the connection
+        next(lines)
         slow.wait_for(lambda: slow.metrics()["vllm:kv_cache_usage_perc"] > 0)  # a busy engine tells now and then
     steps = slow.metrics()["light:engine_steps_total"]
     after = slow.quiet()
