@@ -203,9 +203,10 @@ def _find(x: torch.Tensor, weight: torch.Tensor, adds: bool) -> Product | None:
     if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or x.dim() != 2 or not x.is_cuda or is_fake(x) or is_fake(weight):
         return None
     tuned = _tuned(x.device, *weight.shape, adds)
-    if tuned is None or not (x.is_contiguous() and weight.is_contiguous()) or x.data_ptr() % ALIGNMENT or weight.data_ptr() % ALIGNMENT:
+    if tuned is None or x.device.index != torch.cuda.current_device():
         return None
-    return tuned.of(x.shape[0])
+    is_plain = all(tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in (x, weight))
+    return tuned.of(x.shape[0]) if is_plain else None
 
 
 @functools.cache
