@@ -67,7 +67,7 @@ class _Launch:
     combine_constants: dict[str, Any]
 
 
-@triton.jit(do_not_specialize=["seq_lens_ptr"])
+@triton.jit(do_not_specialize=["seq_lens_ptr", "items_stride"])
 def _decode_kernel(
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
