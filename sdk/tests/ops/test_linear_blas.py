@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from light_sdk.ops.linear.blas import Algorithm, Product, add_product, product, suggested_algorithms, tuned_algorithm, version
+from light_sdk.ops.linear.blas import Algorithm, Product, product, product_to, suggested_algorithms, tuned_algorithm, version
 
 FILES = sorted(resources.files("light_sdk.ops.linear").joinpath("configs").iterdir(), key=lambda file: file.name)
 BLAS = [(file.name, json.loads(file.read_text())["blas"]) for file in FILES]
@@ -41,8 +41,10 @@ def test_elsewhere_the_product_is_torchs() -> None:
     x, weight, bias, out = torch.randn(3, 16), torch.randn(8, 16), torch.randn(8), torch.randn(3, 8)
     assert torch.equal(product(x, weight), F.linear(x, weight)) and torch.equal(product(x, weight, bias), F.linear(x, weight, bias))
     expected = torch.addmm(out, x, weight.t())
-    add_product(out, x, weight)
+    product_to(out, x, weight, adds=True)
     assert torch.equal(out, expected)
+    product_to(out, x, weight)
+    assert torch.equal(out, torch.mm(x, weight.t()))
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -32,6 +31,7 @@ from light_sdk.ops.fused_experts.single import run_token
 from light_sdk.ops.fused_experts.sorting import SortedPairs, sort_pairs
 from light_sdk.ops.fused_experts.tuning import ExpertsConfig, TileConfig, experts_config, token_config
 from light_sdk.ops.gated_linear.kernel import composed, gated_linear
+from light_sdk.ops.linear.blas import product, product_to
 from light_sdk.ops.linear.kernel import linear
 from light_sdk.ops.tuning import num_processors
 
@@ -110,7 +110,7 @@ def _shared_result(x_TE: torch.Tensor, shared: SharedExpert, name: str) -> torch
     # As the ops `gated_linear` and `linear` are chosen: kernels for a few tokens need what dependent launches need.
     if dependent(x_TE.device)["DEPENDENT"] and x_TE.dtype != torch.float32:
         return linear(gated_linear(x_TE, shared.gate_up, None, name), shared.down)
-    return F.linear(composed(x_TE, shared.gate_up, None, name), shared.down)
+    return product(composed(x_TE, shared.gate_up, None, name), shared.down)
 
 
 def _rows_are_aligned(*weights: torch.Tensor) -> bool:
@@ -191,7 +191,7 @@ def up_product(
     if config.loads == "blas":
         h = x_TE.new_empty(len(sorted_x), gate_up_XIE.shape[1] // 2)
         for expert, begin, end in pairs.runs:
-            act_and_mul(h[begin:end], sorted_x[begin:end] @ gate_up_XIE[expert].T, name)
+            act_and_mul(h[begin:end], product(sorted_x[begin:end], gate_up_XIE[expert]), name)
         return h
     if config.loads == "library":
         both = torch._grouped_mm(sorted_x, gate_up_XIE.transpose(1, 2), offs=pairs.ends)
@@ -220,7 +220,7 @@ def down_product(
     if config.loads == "blas":
         y = h_PI.new_empty(1, len(h_PI), down_XEI.shape[1])
         for expert, begin, end in pairs.runs:
-            torch.mm(h_PI[begin:end], down_XEI[expert].T, out=y[0, begin:end])
+            product_to(y[0, begin:end], h_PI[begin:end], down_XEI[expert])
         return y
     if config.loads == "library":
         return torch._grouped_mm(h_PI, down_XEI.transpose(1, 2), offs=pairs.ends)[None]

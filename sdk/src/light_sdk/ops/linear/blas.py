@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from light_core.engine.fakes import is_fake
 from light_sdk.ops.tuning import device_name, read_configs
 
-__all__ = ["Algorithm", "Product", "add_product", "product", "suggested_algorithms", "tuned_algorithm", "version"]
+__all__ = ["Algorithm", "Product", "product", "product_to", "suggested_algorithms", "tuned_algorithm", "version"]
 
 PACKAGE = "light_sdk.ops.linear"
 WORKSPACE_BYTES = 1 << 20
@@ -70,13 +70,15 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return out
 
 
-def add_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Overwrites `out` `[T, N]`, contiguous, with `out + x @ weight.T`, rounded once."""
-    found = _find(x, weight, True)
-    if found is None or out.data_ptr() % ALIGNMENT:
+def product_to(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, adds: bool = False) -> None:
+    """Overwrites `out` `[T, N]`, contiguous, with `x @ weight.T`, or where it `adds` with `out + x @ weight.T`, rounded once."""
+    found = _find(x, weight, adds)
+    if found is not None and out.data_ptr() % ALIGNMENT == 0:
+        found(x, weight, out)
+    elif adds:
         torch.addmm(out, x, weight.t(), out=out)
     else:
-        found(x, weight, out)
+        torch.mm(x, weight.t(), out=out)
 
 
 def tuned_algorithm(entries: dict[str, Any], num_tokens: int) -> Algorithm | None:

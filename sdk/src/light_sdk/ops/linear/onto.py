@@ -7,7 +7,7 @@ and the sum is rounded once instead of twice.
 
 import torch
 
-from light_sdk.ops.linear.blas import add_product
+from light_sdk.ops.linear.blas import product_to
 
 __all__ = ["LEAST_TOKENS", "onto"]
 
@@ -33,5 +33,5 @@ def onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: to
         return False
     if residual.shape != (x.shape[0], weight.shape[0]) or residual.dtype != x.dtype or not residual.is_contiguous():
         return False
-    add_product(residual, x, weight)
+    product_to(residual, x, weight, adds=True)
     return True
