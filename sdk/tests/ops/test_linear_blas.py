@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from light_sdk.ops.linear import blas
 from light_sdk.ops.linear.blas import Algorithm, Product, product, product_to, suggested_algorithms, tuned_algorithm, version
 
 FILES = sorted(resources.files("light_sdk.ops.linear").joinpath("configs").iterdir(), key=lambda file: file.name)
@@ -45,6 +46,27 @@ def test_elsewhere_the_product_is_torchs() -> None:
     assert torch.equal(out, expected)
     product_to(out, x, weight)
     assert torch.equal(out, torch.mm(x, weight.t()))
+
+
+def test_an_algorithm_that_cublas_lacks_is_told_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(blas, "version", lambda: 7)
+    monkeypatch.setattr(blas, "device_name", lambda device: "a GPU")
+    entries = {"64": {"tile": 1, "cluster": 5}, "128": {"tile": 2, "cluster": 5}}
+    monkeypatch.setattr(blas, "read_configs", lambda package, name: {"blas": {"version": 7, "plain": {"24x8": entries}, "onto": {}}})
+    made: list[tuple] = []
+
+    def refuse(*arguments) -> None:
+        made.append(arguments)
+        raise ValueError("cuBLASLt 7 has no such algorithm")
+
+    monkeypatch.setattr(blas, "Product", refuse)
+    device = torch.device("cuda", 9)
+    for num_tokens in (60, 64):
+        tuned = blas._tuned(device, 24, 8, False, num_tokens)
+        assert tuned == (Algorithm(1, 5), 24, 8, 128, False)
+        assert blas._product(*tuned, device) is None
+    assert made == [tuned] and caplog.text.count("no such algorithm") == 1
+    assert blas._tuned(device, 24, 8, True, 64) is None and blas._tuned(device, 24, 9, False, 64) is None
 
 
 def random(*shape: int) -> torch.Tensor:

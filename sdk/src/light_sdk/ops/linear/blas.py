@@ -10,6 +10,7 @@ The library is the one that torch has loaded. Not in it: the choice of kernels f
 
 import ctypes
 import functools
+import logging
 import os
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ from light_core.engine.fakes import is_fake
 from light_sdk.ops.tuning import device_name, read_configs
 
 __all__ = ["Algorithm", "Product", "product", "product_to", "suggested_algorithms", "tuned_algorithm", "version"]
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "light_sdk.ops.linear"
 WORKSPACE_BYTES = 1 << 20
@@ -126,17 +129,15 @@ class Product:
         k: its columns.
         most_tokens: that `x` will have.
         adds: whether the product is added to what `out` has.
-        workspace: uint8, of the device; None has `WORKSPACE_BYTES` that all products of the device share, as they follow each
-            other in one stream.
 
     Raises:
-        ValueError: cuBLAS does not have the algorithm for this shape, or it needs more workspace.
+        ValueError: cuBLAS does not have the algorithm for this shape, or it needs more than `WORKSPACE_BYTES`, which all
+            products of a device share, as they follow each other in one stream.
     """
 
-    def __init__(self, algorithm: Algorithm, n: int, k: int, most_tokens: int, adds: bool, workspace: torch.Tensor | None = None) -> None:
+    def __init__(self, algorithm: Algorithm, n: int, k: int, most_tokens: int, adds: bool) -> None:
         self._cublas, device = _cublas(), torch.cuda.current_device()
-        self._handle, self._kind = _handle(device), _kind()
-        self._workspace = _workspace(device) if workspace is None else workspace
+        self._handle, self._kind, self._workspace = _handle(device), _kind(), _workspace(device)
         self._weight, self._x, self._out = _matrix(k, n), _matrix(k, most_tokens), _matrix(n, most_tokens)
         self._num_tokens, self._lock = most_tokens, Lock()
         self._one, self._beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if adds else 0.0)
@@ -185,39 +186,35 @@ class Product:
         return named
 
 
-class _Tuned:
-    """Products of one weight's shape, by number of tokens."""
-
-    def __init__(self, entries: dict[str, Any], n: int, k: int, adds: bool) -> None:
-        self._entries, self._n, self._k, self._adds = entries, n, k, adds
-        self._found: dict[Algorithm, Product] = {}
-        self._most = max(map(int, entries))
-        self.of = functools.lru_cache(maxsize=4096)(self._of)
-
-    def _of(self, num_tokens: int) -> Product | None:
-        algorithm = tuned_algorithm(self._entries, num_tokens)
-        if algorithm is not None and algorithm not in self._found:
-            self._found[algorithm] = Product(algorithm, self._n, self._k, self._most, self._adds)
-        return self._found[algorithm] if algorithm is not None else None
-
-
 def _find(x: torch.Tensor, weight: torch.Tensor, adds: bool) -> Product | None:
     if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or x.dim() != 2 or not x.is_cuda or is_fake(x) or is_fake(weight):
         return None
-    tuned = _tuned(x.device, *weight.shape, adds)
+    tuned = _tuned(x.device, *weight.shape, adds, x.shape[0])
     if tuned is None or x.device.index != torch.cuda.current_device():
         return None
     is_plain = all(tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in (x, weight))
-    return tuned.of(x.shape[0]) if is_plain else None
+    return _product(*tuned, x.device) if is_plain else None
 
 
-@functools.cache
-def _tuned(device: torch.device, n: int, k: int, adds: bool) -> _Tuned | None:
+@functools.lru_cache(maxsize=1 << 14)
+def _tuned(device: torch.device, n: int, k: int, adds: bool, num_tokens: int) -> tuple[Algorithm, int, int, int, bool] | None:
+    """What a `Product` for so many tokens is made of; None where it is torch's."""
     measured = read_configs(PACKAGE, device_name(device)).get("blas")
     if not measured or version() != measured["version"]:
         return None
-    entries = measured["onto" if adds else "plain"].get(f"{n}x{k}")
-    return _Tuned(entries, n, k, adds) if entries else None
+    entries = measured["onto" if adds else "plain"].get(f"{n}x{k}", {})
+    algorithm = tuned_algorithm(entries, num_tokens)
+    return None if algorithm is None else (algorithm, n, k, max(map(int, entries)), adds)
+
+
+@functools.cache
+def _product(algorithm: Algorithm, n: int, k: int, most_tokens: int, adds: bool, device: torch.device) -> Product | None:
+    """On `device`, the current one; None where cuBLAS does not have it after all."""
+    try:
+        return Product(algorithm, n, k, most_tokens, adds)
+    except ValueError as error:
+        logger.warning("torch's product is taken for weights of %d x %d: %s", n, k, error)
+        return None
 
 
 def _attribute(name: str, value: int = 0) -> tuple[Any, ctypes.c_size_t]:
