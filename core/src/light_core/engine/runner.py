@@ -229,7 +229,7 @@ class ModelRunner:
         step = self._padding_prompts(num_decodes + num_prompt_tokens, MIXED_PREFIX, num_decodes)
         step.logits_rows = step.cu_seqlens_q[1:].long() - 1
         wanted = wanted_step(step, self._arange[: len(step.logits_rows)].long()) if self._narrows else None
-        return self._logits(hidden_states(self.runtime, self.kv, step, wanted), wanted or step)
+        return self._forward(step, wanted)
 
     def _stage_padding(self, size: int) -> None:
         self._staging.upload(_padding(size, self.limits.max_num_seqs, self.num_slots - 1))
@@ -377,8 +377,8 @@ class ModelRunner:
     def _logits(self, hidden: Hidden, step: Step) -> torch.Tensor:
         return self.runtime.post(hidden, step)
 
-    def _forward(self, step: Step) -> torch.Tensor:
-        return self._logits(hidden_states(self.runtime, self.kv, step), step)
+    def _forward(self, step: Step, wanted: Step | None = None) -> torch.Tensor:
+        return self._logits(hidden_states(self.runtime, self.kv, step, wanted), wanted or step)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Hidden, step: Step) -> list[list[PendingLogprobs]]:
         """Logprobs of the prompt tokens that `plan` asks for, a few hundred rows of logits at a time."""

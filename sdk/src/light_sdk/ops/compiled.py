@@ -1,6 +1,8 @@
 """What the kernels that numba compiles for CPUs share: memory by its address, elements of both dtypes, and exp.
 
-A kernel is built once for each dtype and cached on disk by numba. bfloat16, which numpy lacks, is held as its bits.
+A kernel is built once for each dtype and cached on disk by numba, which knows it by its own file and by what it closes over.
+That is no other compiled function, which has a new name in every process. Nor is it this file: whoever changes it deletes the
+caches (`__pycache__/*.nb?`). bfloat16, which numpy lacks, is held as its bits.
 Sums run in any order (`FAST`), NaN and infinities are kept. Kernels run on the calling thread, or by `run` on torch's.
 Elements are read and written by `load` and `store`: their unsigned indices spare numba's test for negative ones, which
 prevents vectorising.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc
+from numba import cfunc, njit
 
 from light_core.types import Step
 from light_sdk.ops.attention import cpu
@@ -215,6 +215,22 @@ def _attend(
     run(kernel.address, plan.arguments_at, threads)
 
 
+@njit
+def _four_tokens(table: Any, first: Any, last: Any, token_size: Any) -> Any:
+    """Where the keys of the positions from `first` on begin, and of `last` in the place of those behind it."""
+    return (
+        np.int64(table[first]) * token_size,
+        np.int64(table[min(first + 1, last)]) * token_size,
+        np.int64(table[min(first + 2, last)]) * token_size,
+        np.int64(table[min(first + 3, last)]) * token_size,
+    )
+
+
+@njit
+def _four_elements(values: Any, at_0: Any, at_1: Any, at_2: Any, at_3: Any, i: Any) -> Any:
+    return load(values, at_0 + i), load(values, at_1 + i), load(values, at_2 + i), load(values, at_3 + i)
+
+
 @cache
 def _kernel(dtype: torch.dtype, unrolled: int, in_pairs: bool) -> Any:
     """A C function of the address of its arguments, which ends when all items are done or taken.
@@ -274,9 +290,7 @@ def _kernel(dtype: torch.dtype, unrolled: int, in_pairs: bool) -> Any:
                     store(sums, i, np.float32(0.0))
                 # Four positions at a time: the end of a sum costs as much as a head's worth of it.
                 for j in range(first, seq_len, 4):
-                    last = seq_len - 1
-                    at_0, at_1 = np.int64(table[j]) * token_size, np.int64(table[min(j + 1, last)]) * token_size
-                    at_2, at_3 = np.int64(table[min(j + 2, last)]) * token_size, np.int64(table[min(j + 3, last)]) * token_size
+                    at_0, at_1, at_2, at_3 = _four_tokens(table, j, seq_len - 1, token_size)
                     for kv_head in range(first_kv, last_kv):
                         at = kv_head * head_dim
                         for head in range(kv_head * group, (kv_head + 1) * group, pair):
@@ -284,12 +298,7 @@ def _kernel(dtype: torch.dtype, unrolled: int, in_pairs: bool) -> Any:
                             far_0, far_1, far_2, far_3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
                             mine, other = head * head_dim, (head + pair - 1) * head_dim
                             for i in range(head_dim):
-                                key_0, key_1, key_2, key_3 = (
-                                    load(k, at_0 + at + i),
-                                    load(k, at_1 + at + i),
-                                    load(k, at_2 + at + i),
-                                    load(k, at_3 + at + i),
-                                )
+                                key_0, key_1, key_2, key_3 = _four_elements(k, at_0, at_1, at_2, at_3, at + i)
                                 wanted = load(query, mine + i)
                                 near_0 += wanted * key_0
                                 near_1 += wanted * key_1
@@ -336,9 +345,7 @@ def _kernel(dtype: torch.dtype, unrolled: int, in_pairs: bool) -> Any:
                     for j in range(end, end + 3):
                         store(scores, j, np.float32(0.0))
                 for j in range(first, seq_len, 4):
-                    last = seq_len - 1
-                    at_0, at_1 = np.int64(table[j]) * token_size, np.int64(table[min(j + 1, last)]) * token_size
-                    at_2, at_3 = np.int64(table[min(j + 2, last)]) * token_size, np.int64(table[min(j + 3, last)]) * token_size
+                    at_0, at_1, at_2, at_3 = _four_tokens(table, j, seq_len - 1, token_size)
                     for kv_head in range(first_kv, last_kv):
                         at = kv_head * head_dim
                         for head in range(kv_head * group, (kv_head + 1) * group, pair):
@@ -348,12 +355,7 @@ def _kernel(dtype: torch.dtype, unrolled: int, in_pairs: bool) -> Any:
                             far_0, far_1, far_2, far_3 = scores[where], scores[where + 1], scores[where + 2], scores[where + 3]
                             mine, other = head * head_dim, (head + pair - 1) * head_dim
                             for i in range(head_dim):
-                                value_0, value_1, value_2, value_3 = (
-                                    load(v, at_0 + at + i),
-                                    load(v, at_1 + at + i),
-                                    load(v, at_2 + at + i),
-                                    load(v, at_3 + at + i),
-                                )
+                                value_0, value_1, value_2, value_3 = _four_elements(v, at_0, at_1, at_2, at_3, at + i)
                                 store(
                                     sums,
                                     mine + i,

@@ -25,6 +25,7 @@ from light_sdk.ops.attention.plan import DecodePlan, plan_decodes
 from light_sdk.ops.attention.prefix import PrefixTiling, prefix_attention, prefix_tiling
 from light_sdk.ops.attention.tuning import DecodeConfig, PrefixConfig, prefix_config
 from light_sdk.ops.dependent import dependent, release, wait
+from light_sdk.ops.splits import load_item
 from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["decode_attention"]
@@ -106,11 +107,7 @@ def _decode_kernel(
     item = tl.program_id(0)
     # All at once, and before it is known whether there is such an item: one wait for memory instead of three.
     num_items = tl.load(num_items_ptr)
-    request = tl.load(items_ptr + item)
-    begin = tl.load(items_ptr + items_stride + item)
-    end = tl.load(items_ptr + 2 * items_stride + item)
-    part = tl.load(items_ptr + 3 * items_stride + item)
-    slot_row = tl.load(items_ptr + 4 * items_stride + item)
+    request, begin, end, part, slot_row = load_item(items_ptr, items_stride, item)
     if item >= num_items:
         return
     group_tiles: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G

@@ -15,7 +15,7 @@ from light_core.types import Step
 from light_sdk.ops.attention.prefix import PrefixTiling
 from light_sdk.ops.attention.tuning import DecodeConfig
 from light_sdk.ops.dependent import dependent, release, wait
-from light_sdk.ops.splits import cut, write_row
+from light_sdk.ops.splits import write_plan
 from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["DecodePlan", "plan_decodes"]
@@ -86,7 +86,7 @@ def _plan_kernel(
     place = tl.program_id(0)
     index = tl.arange(0, BLOCK_B)
     exists, here, before = index < num_decodes, index == place, index < place
-    requests = index
+    requests, shared = index, tl.zeros_like(index)
     if HAS_SHARED:
         requests = tl.load(shared_ptr + index, mask=exists, other=0)
     seq_lens = tl.load(seq_lens_ptr + requests, mask=exists, other=0)
@@ -97,42 +97,15 @@ def _plan_kernel(
     blocks = (visible + BLOCK_N - 1) // BLOCK_N
     chunk = tl.maximum((tl.sum(blocks, axis=0) + budget - 1) // budget, min_blocks)
     splits = tl.where(exists, tl.maximum((blocks + chunk - 1) // chunk, 1), 0)
-    parts = splits
-    if HAS_SHARED:
-        members = tl.load(shared_ptr + 2 * shared_stride + index, mask=exists, other=0)
-        is_first = (shared > 0) & (members % TILE_REQUESTS == 0)
-        tile_blocks = (shared + PREFIX_BLOCK_N - 1) // PREFIX_BLOCK_N
-        all_blocks = tl.sum(tl.where(is_first, tile_blocks, 0), axis=0)
-        tile_chunk = tl.maximum((all_blocks + prefix_budget - 1) // prefix_budget, prefix_min_blocks)
-        tile_splits = (tile_blocks + tile_chunk - 1) // tile_chunk
-        parts += tile_splits
-
-    request = tl.sum(tl.where(here, requests, 0), axis=0)
-    end = tl.sum(tl.where(here, seq_lens, 0), axis=0)
-    own_begin = end - tl.sum(tl.where(here, visible, 0), axis=0)
-    own_splits = tl.sum(tl.where(here, splits, 0), axis=0)
-    own_parts = tl.sum(tl.where(here, parts, 0), axis=0)
     # The longest items come first, so that none of them is alone at the end.
     item_blocks = (blocks + splits - 1) // tl.maximum(splits, 1)
     own_blocks = tl.sum(tl.where(here, item_blocks, 0), axis=0)
     earlier = (item_blocks > own_blocks) | ((item_blocks == own_blocks) & before)
-    first_item = tl.sum(tl.where(earlier, splits, 0), axis=0)
-    first_part = tl.sum(tl.where(before, parts, 0), axis=0)
-    item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
-    cut(items_ptr, items_stride, first_item, request, own_begin, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
-    write_row(items_ptr + 4 * items_stride, first_item, tl.load(rows_ptr + request), own_splits, BLOCK_ITEMS)
-    tl.store(first_parts_ptr + place, first_part)
-    if HAS_SHARED:
-        tiles = tl.where(is_first, tile_splits, 0)
-        own_tiles = tl.sum(tl.where(here, tiles, 0), axis=0)
-        own_shared = tl.sum(tl.where(here, shared, 0), axis=0)
-        first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
-        cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, PREFIX_BLOCK_N, BLOCK_TILES)
-        if place == num_decodes - 1:
-            tl.store(counts_ptr + 1, first_tile + own_tiles)
-    if place == num_decodes - 1:
-        tl.store(first_parts_ptr + num_decodes, first_part + own_parts)
-        tl.store(counts_ptr, tl.sum(splits, axis=0))
+    write_plan(
+        first_parts_ptr, items_ptr, tiles_ptr, counts_ptr, rows_ptr, shared_ptr + 2 * shared_stride, items_stride, tiles_stride,
+        num_decodes, requests, seq_lens - visible, seq_lens, shared, splits, earlier, prefix_budget, prefix_min_blocks,
+        HAS_SHARED, TILE_REQUESTS, BLOCK_N, PREFIX_BLOCK_N, BLOCK_B, BLOCK_ITEMS, BLOCK_TILES,
+    )  # fmt: skip
 
 
 def plan_decodes(

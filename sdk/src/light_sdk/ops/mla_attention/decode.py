@@ -21,6 +21,7 @@ from light_sdk.ops.mla_attention.heads import multiply_heads
 from light_sdk.ops.mla_attention.plan import plan_decodes, prefix_tiling
 from light_sdk.ops.mla_attention.prefix import attend_prefixes
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig, prefix_config
+from light_sdk.ops.splits import load_item
 from light_sdk.ops.tuning import next_power_of_2
 
 __all__ = ["attend_latents", "decode_attention"]
@@ -67,11 +68,7 @@ def _decode_kernel(
     item = tl.program_id(1)
     # All at once, and before it is known whether there is such an item: one wait for memory instead of three.
     num_items = tl.load(num_items_ptr)
-    request = tl.load(items_ptr + item)
-    begin = tl.load(items_ptr + items_stride + item)
-    end = tl.load(items_ptr + 2 * items_stride + item)
-    part = tl.load(items_ptr + 3 * items_stride + item)
-    slot_row = tl.load(items_ptr + 4 * items_stride + item)
+    request, begin, end, part, slot_row = load_item(items_ptr, items_stride, item)
     if item >= num_items:
         return
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -17,7 +17,7 @@ import triton.language as tl
 from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefixConfig
-from light_sdk.ops.splits import cut, write_row
+from light_sdk.ops.splits import write_plan
 from light_sdk.ops.tuning import next_power_of_2, num_processors
 
 __all__ = ["DecodePlan", "PrefixTiling", "plan_decodes", "prefix_tiling"]
@@ -111,9 +111,8 @@ def _plan_kernel(
     """One program a place. Each counts the blocks of all requests, so none waits for another."""
     release(DEPENDENT)
     wait(DEPENDENT)
-    place = tl.program_id(0)
-    index = tl.arange(0, BLOCK_B)
-    exists, here, before = index < num_decodes, index == place, index < place
+    place, index = tl.program_id(0), tl.arange(0, BLOCK_B)
+    exists = index < num_decodes
     requests, shared = index, tl.zeros_like(index)
     if HAS_SHARED:
         requests = tl.load(shared_ptr + index, mask=exists, other=0)
@@ -130,37 +129,11 @@ def _plan_kernel(
         fits = tl.sum(_num_items(blocks, middle, exists), axis=0) <= budget
         low, high = tl.where(fits, low, tl.minimum(middle + 1, high)), tl.where(fits, middle, high)
     splits = _num_items(blocks, tl.where(high <= 2 * share, high, share), exists)
-    parts = splits
-    if HAS_SHARED:
-        members = tl.load(shared_ptr + 2 * shared_stride + index, mask=exists, other=0)
-        is_first = (shared > 0) & (members % TILE_REQUESTS == 0)
-        tile_blocks = (shared + TILE_BLOCK_N - 1) // TILE_BLOCK_N
-        all_blocks = tl.sum(tl.where(is_first, tile_blocks, 0), axis=0)
-        tile_chunk = tl.maximum((all_blocks + tile_budget - 1) // tile_budget, tile_min_blocks)
-        tile_splits = (tile_blocks + tile_chunk - 1) // tile_chunk
-        parts += tile_splits
-
-    request = tl.sum(tl.where(here, requests, 0), axis=0)
-    end = tl.sum(tl.where(here, seq_lens, 0), axis=0)
-    own_shared = tl.sum(tl.where(here, shared, 0), axis=0)
-    own_splits = tl.sum(tl.where(here, splits, 0), axis=0)
-    own_parts = tl.sum(tl.where(here, parts, 0), axis=0)
-    first_item = tl.sum(tl.where(before, splits, 0), axis=0)
-    first_part = tl.sum(tl.where(before, parts, 0), axis=0)
-    item_part = tl.where(own_parts == 1, -1, first_part + own_parts - own_splits)
-    cut(items_ptr, items_stride, first_item, request, own_shared, end, own_splits, item_part, BLOCK_N, BLOCK_ITEMS)
-    write_row(items_ptr + 4 * items_stride, first_item, tl.load(rows_ptr + request), own_splits, BLOCK_ITEMS)
-    tl.store(first_parts_ptr + place, first_part)
-    if HAS_SHARED:
-        tiles = tl.where(is_first, tile_splits, 0)
-        own_tiles = tl.sum(tl.where(here, tiles, 0), axis=0)
-        first_tile = tl.sum(tl.where(before, tiles, 0), axis=0)
-        cut(tiles_ptr, tiles_stride, first_tile, place, 0, own_shared, own_tiles, 0, TILE_BLOCK_N, BLOCK_TILES)
-        if place == num_decodes - 1:
-            tl.store(counts_ptr + 1, first_tile + own_tiles)
-    if place == num_decodes - 1:
-        tl.store(first_parts_ptr + num_decodes, first_part + own_parts)
-        tl.store(counts_ptr, first_item + own_splits)
+    write_plan(
+        first_parts_ptr, items_ptr, tiles_ptr, counts_ptr, rows_ptr, shared_ptr + 2 * shared_stride, items_stride, tiles_stride,
+        num_decodes, requests, shared, seq_lens, shared, splits, index < place, tile_budget, tile_min_blocks,
+        HAS_SHARED, TILE_REQUESTS, BLOCK_N, TILE_BLOCK_N, BLOCK_B, BLOCK_ITEMS, BLOCK_TILES,
+    )  # fmt: skip
 
 
 def prefix_tiling(step: Step, num_heads: int, config: PrefixConfig) -> PrefixTiling | None:
