@@ -35,6 +35,8 @@ MODELS = {
     "llama-3.2-1b": {"qkv": (3072, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
     # Queries, latent and rotary key in one; gate_up and down are the shared experts'.
     "deepseek-v2-lite": {"qkv": (3648, 2048), "out": (2048, 2048), "gate_up": (5632, 2048), "down": (2048, 2816), "head": (102400, 2048)},
+    # Its experts have the shapes of Llama 3.1 8B.
+    "mixtral-8x7b": {"head": (32000, 4096)},
     "qwen2-7b": {"qkv": (4608, 3584), "out": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
 }
 TOKENS = (1, 2, 8, 16, 32, 64, 128)

@@ -1,9 +1,12 @@
 """transformers' configuration classes, without the half of transformers and of torch that they would bring along.
 
-The module that validates configurations imports the table of activation functions, to know their names. That one imports
-transformers' generation code, which imports torch's compiler and torch.distributed: more than a thousand modules, a second
-of the start of every process that reads a configuration, and more from a cold disk. Here the table is imported when
-somebody looks something up in it. Caller: `model_files.py`.
+A configuration is a table of values, but the import of its class is not one. The module that validates configurations
+imports that of videos, for an annotation, hence torchvision where it is installed, hence torch's compiler; the table of
+activation functions, to know their names, hence transformers' generation code; and the decorator that writes a class's
+docstring imports every model's name and that code again, with scikit-learn where it is installed. Together more than 5 s of
+the 20 that a process with all of them took to start. None of it is needed to read a configuration, and a torchvision that
+does not fit torch must not keep a text model from being served. Here each is stood in for while the class is imported, and
+imported for real by whoever asks for it later. Caller: `model_files.py`.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ from typing import Any
 
 __all__ = ["config_class"]
 
-ACTIVATIONS, VALIDATORS = "transformers.activations", "transformers.utils.type_validators"
+VALIDATORS = "transformers.utils.type_validators"
 
 
 def config_class(model_type: str) -> Any:
@@ -26,31 +29,72 @@ def config_class(model_type: str) -> Any:
     _import_validators()
     # Not .get(): this mapping loads its entries in __getitem__ alone.
     if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type]
+        with _undocumented():
+            return CONFIG_MAPPING[model_type]
     # transformers warns of a configuration whose type is not its class's.
     return type("UnknownConfig", (PretrainedConfig,), {"model_type": model_type})
 
 
 def _import_validators() -> None:
-    """Imports the validators with a table of activations that is not there yet. Where this version of transformers has them
+    """Imports the validators with what they look up while they validate. Where this version of transformers has them
     elsewhere, or needs more of them, they are imported as it sees fit."""
-    if ACTIVATIONS in sys.modules or VALIDATORS in sys.modules:
+    if VALIDATORS in sys.modules:
         return
-    stand_in = ModuleType(ACTIVATIONS)
-    vars(stand_in)["ACT2FN"] = _Activations()
-    sys.modules[ACTIVATIONS] = stand_in
+    stand_ins = {
+        "transformers.activations": {"ACT2FN": _Activations()},
+        "transformers.video_utils": {"VideoMetadataType": Any},
+        "transformers.image_utils": {"PILImageResampling": _resampling()},
+    }
+    with contextlib.suppress(ImportError), _standing_in({k: v for k, v in stand_ins.items() if k not in sys.modules}):
+        importlib.import_module(VALIDATORS)
+
+
+@contextlib.contextmanager
+def _standing_in(modules: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Modules of these names and contents, that nobody finds after the block."""
+    for name, contents in modules.items():
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(contents)
     try:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(VALIDATORS)
+        yield
     finally:
-        del sys.modules[ACTIVATIONS]
+        for name in modules:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _undocumented() -> Iterator[None]:
+    """Classes that are imported in the block keep the docstrings of their source."""
+    utils: Any = importlib.import_module("transformers.utils")
+    document = getattr(utils, "auto_docstring", None)
+    if document is None:
+        yield
+        return
+    utils.auto_docstring = _as_written
+    try:
+        yield
+    finally:
+        utils.auto_docstring = document
+
+
+def _as_written(documented: Any = None, **_: Any) -> Any:
+    """The decorator that writes docstrings, with options or without, writing none."""
+    return _as_written if documented is None else documented
+
+
+def _resampling() -> Any:
+    try:
+        from PIL.Image import Resampling
+    except ImportError:
+        return None
+    return Resampling
 
 
 class _Activations(Mapping[str, Any]):
     """transformers' table of activation functions, imported by whoever looks into it."""
 
     def _table(self) -> Mapping[str, Any]:
-        table: Mapping[str, Any] = importlib.import_module(ACTIVATIONS).ACT2FN
+        table: Mapping[str, Any] = importlib.import_module("transformers.activations").ACT2FN
         return table
 
     def __getitem__(self, name: str) -> Any:
