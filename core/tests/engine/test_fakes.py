@@ -96,15 +96,27 @@ def test_modules_are_made_of_them() -> None:
 
 
 def test_torchs_compiler_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a second to import."""
-    for name in [name for name in sys.modules if name.split(".")[:2] == ["torch", "_dynamo"]]:
+    """It takes a second to import, and symbolic shapes two from a cold disk."""
+    shapes = "torch.fx.experimental.symbolic_shapes"
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["torch", "_dynamo"] or name == shapes]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # importing it raises
-    x = cuda(4, 4)
-    assert (x * 2 + x.float()).dtype == torch.float32
-    order = cuda(7, dtype=torch.int32)
-    assert (order // 6).shape == (7,) and (order // 6).dtype == torch.int32
-    assert (order.unsqueeze(1) // cuda(2, dtype=torch.int32)).shape == (7, 2)
-    weight, place = cuda(5, 4), cuda(4, 5)
-    assert torch.nn.functional.linear(x, weight, cuda(5)).shape == (4, 5)
-    assert torch.addmm(place, x, weight.t(), out=place) is place
+    with fake_device():
+        x = cuda(4, 4)
+        assert (x * 2 + x.float()).dtype == torch.float32
+        order = cuda(7, dtype=torch.int32)
+        assert (order // 6).shape == (7,) and (order // 6).dtype == torch.int32
+        assert (order.unsqueeze(1) // cuda(2, dtype=torch.int32)).shape == (7, 2)
+        weight, place = cuda(5, 4), cuda(4, 5)
+        assert torch.nn.functional.linear(x, weight, cuda(5)).shape == (4, 5)
+        assert torch.addmm(place, x, weight.t(), out=place) is place
+        assert torch.arange(7, device="cuda:0").shape == (7,)
+        x.index_put_((order.long(), order.unsqueeze(1).long()), cuda(7))
+        assert torch.topk(x, 2)[0].shape == (4, 2) and torch.sort(x)[1].shape == (4, 4)
+        with pytest.raises(RuntimeError):
+            x @ cuda(5, 4)
+        assert "expect_true" in vars(sys.modules[shapes]) and "ShapeEnv" not in vars(sys.modules[shapes]), "the stand-in is there"
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false
+
+        assert ShapeEnv.__module__ == shapes and not guard_or_false(False)
+    assert "ShapeEnv" in vars(sys.modules[shapes]), "who asks for more gets the module"

@@ -11,14 +11,12 @@ imported for real by whoever asks for it later. Caller: `model_files.py`.
 
 import contextlib
 import importlib
-import sys
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
-__all__ = ["config_class"]
+from light_core.engine.stand_ins import standing_in
 
-VALIDATORS = "transformers.utils.type_validators"
+__all__ = ["config_class"]
 
 
 def config_class(model_type: str) -> Any:
@@ -36,30 +34,15 @@ def config_class(model_type: str) -> Any:
 
 
 def _import_validators() -> None:
-    """Imports the validators with what they look up while they validate. Where this version of transformers has them
-    elsewhere, or needs more of them, they are imported as it sees fit."""
-    if VALIDATORS in sys.modules:
-        return
-    stand_ins = {
-        "transformers.activations": {"ACT2FN": _Activations()},
-        "transformers.video_utils": {"VideoMetadataType": Any},
-        "transformers.image_utils": {"PILImageResampling": _resampling()},
-    }
-    with contextlib.suppress(ImportError), _standing_in({k: v for k, v in stand_ins.items() if k not in sys.modules}):
-        importlib.import_module(VALIDATORS)
-
-
-@contextlib.contextmanager
-def _standing_in(modules: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Modules of these names and contents, that nobody finds after the block."""
-    for name, contents in modules.items():
-        sys.modules[name] = ModuleType(name)
-        vars(sys.modules[name]).update(contents)
-    try:
-        yield
-    finally:
-        for name in modules:
-            del sys.modules[name]
+    """Imports the validators with what they look up while they validate. Where this version of transformers has none, they are
+    not needed."""
+    with (
+        contextlib.suppress(ImportError),
+        standing_in("transformers.activations", {"ACT2FN": _Activations()}),
+        standing_in("transformers.video_utils", {"VideoMetadataType": Any}),
+        standing_in("transformers.image_utils", {"PILImageResampling": _resampling()}),
+    ):
+        importlib.import_module("transformers.utils.type_validators")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ Not torch's `FakeTensorMode`: that imports torch's compiler, a second of an engi
 Callers: `rehearsal.py`, and ops that keep what they allocate, which ask `is_fake`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from light_core.engine.stand_ins import itself, standing_in
 
 __all__ = ["fake_device", "is_fake"]
 
@@ -41,8 +44,41 @@ def fake_device() -> Iterator[Set[Any]]:
     What reads a fake tensor on the host raises. Real CUDA tensors may take part: only their shape is looked at.
     """
     ops: set[Any] = set()
-    with _HostSide(), _DeviceSide(ops):
+    # Torch's rules about shapes import symbolic ones, hence sympy, to ask whether a number is one: 2 s from a cold disk.
+    with standing_in(_SYMBOLIC_SHAPES, _PLAIN_SHAPES), _HostSide(), _DeviceSide(ops):
         yield ops
+
+
+def _plainly(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """`answer` to one of torch's questions about conditions and sizes that are plain; what is not is left to torch."""
+
+    def answered(*values: Any) -> Any:
+        return answer(*values) if _is_plain(values) else getattr(itself(_SYMBOLIC_SHAPES), name)(*values)
+
+    return answered
+
+
+def _is_plain(values: Iterable[Any]) -> bool:
+    return all(type(value) in (bool, int) or (isinstance(value, (tuple, list)) and _is_plain(value)) for value in values)
+
+
+_SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+_PLAIN_SHAPES: dict[str, Any] = {
+    "expect_true": bool,
+    "free_unbacked_symbols": lambda size: set(),
+    "guard_int": int,
+    "guard_or_false": bool,
+    "guard_or_true": bool,
+    "guard_size_oblivious": bool,
+    "guarding_hint_or_throw": int,
+    "has_guarding_hint": lambda size: True,
+    "is_nested_int": lambda size: False,
+    "statically_known_true": bool,
+    "sym_and": lambda *values: all(values),
+    "sym_eq": operator.eq,
+    "sym_or": lambda *values: any(values),
+}
+_PLAIN_SHAPES = {name: _plainly(name, answer) for name, answer in _PLAIN_SHAPES.items()}
 
 
 class _FakeTensor(torch.Tensor):
