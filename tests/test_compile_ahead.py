@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("llama-3.1-8b", None, {"_row_kernel", "_tile_kernel", "_decode_kernel", "_prefix_kernel", "_prefill_kernel", "_merge_kernel"}),
         (
             "deepseek-v2-lite",
-            3,
+            4,
             {"_decode_kernel", "_join_keys_kernel", "_prefix_kernel", "up_descriptor_kernel", "down_descriptor_kernel"},
         ),
         pytest.param(

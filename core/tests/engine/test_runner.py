@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from light_core.engine.graphs import sharing_sizes
 from light_core.engine.requests import EngineRequest
 from light_core.engine.runner import _padded
 from light_core.sampling_params import SamplingParams
@@ -36,8 +37,15 @@ def test_places_of_padding_share_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not places[1:, 5:].any()
 
 
-def test_a_step_that_shares_nothing_takes_the_groups_of_the_one_before_away() -> None:
+def test_a_step_that_shares_nothing_has_a_graph_without_groups() -> None:
     plan = decodes(5, 10)
     assert plan.shared_prefixes is None
-    places = _padded(plan, 8, MAX_NUM_SEQS, 50_000)["shared_prefixes"].reshape(3, MAX_NUM_SEQS)
-    assert np.array_equal(places, [np.arange(MAX_NUM_SEQS), np.zeros(MAX_NUM_SEQS), np.zeros(MAX_NUM_SEQS)])
+    assert "shared_prefixes" not in _padded(plan, 8, MAX_NUM_SEQS, 50_000)
+
+
+@pytest.mark.parametrize("most", [4, 5, 8, 100, 512, 3000])
+def test_graphs_for_groups_take_every_batch_and_are_few(most: int) -> None:
+    sizes = sharing_sizes(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most and len(sizes) <= 13
+    for batch in range(8, min(most, 512) + 1):
+        assert next(size for size in sizes if size >= batch) <= 2 * batch

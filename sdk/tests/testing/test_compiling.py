@@ -57,7 +57,7 @@ class Layer(nn.Module):
         if self.reads and step.seq_lens.max().item() > 1:
             return hidden
         COUNT.append(0)
-        late = self.counts and len(COUNT) > 60
+        late = self.counts and len(COUNT) > 75
         scale[(len(hidden.x),)](hidden.x, SIZE=self.width, STEPS=int(late))
         if not (self.counts or self.reads):
             wrong[(1,)](hidden.x, SIZE=self.width)

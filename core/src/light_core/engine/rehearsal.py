@@ -8,6 +8,7 @@ reaches a device. Not here: what becomes of the launches. Callers: `ahead.py`, a
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,10 @@ class Rehearsal:
         yield "one decode", partial(self._decode_by_layers, launched)
         yield "the largest step", runner.profile
         if self._has_graphs:
-            *others, largest = runner.graph_sizes
-            for size in (largest, *others):
-                yield f"{size} decodes", partial(runner.decode_padding, size)
+            kinds = [(size, False) for size in runner.graph_sizes], [(size, True) for size in runner.sharing_sizes]
+            largest = [kind.pop() for kind in kinds if kind]
+            for size, is_sharing in chain(largest, *kinds):
+                yield f"{size} decodes{' of a prefix' if is_sharing else ''}", partial(runner.decode_padding, size, is_sharing)
             for size in reversed(runner.piece_sizes):
                 yield f"prompts of {size} tokens", partial(runner.prompt_padding, size)
         # The last layer goes on with less than the others in the steps to come (`wanted.py`).

@@ -6,6 +6,7 @@ does not wait for the device; `Launched.result` does. Called by the engine alone
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from light_core.engine.graphs import DecodeGraphs, batch_sizes
+from light_core.engine.graphs import DecodeGraphs, batch_sizes, sharing_sizes
 from light_core.engine.media import EngineMedia
 from light_core.engine.pace import pace_of
 from light_core.engine.pieces import StepPieces, piece_sizes
@@ -65,7 +66,7 @@ class ModelRunner:
         runtime: what `bind` gave, with weights loaded.
         sampler: for `max_num_seqs` rows.
         use_graphs: capture CUDA graphs for decodes.
-        groups_decodes: whether plans may have `shared_prefixes`; without, the graphs have no kernel for them.
+        groups_decodes: whether plans may have `shared_prefixes`; without, no graphs are captured for them.
         media: the model's encoders at work; None for a model without.
     """
 
@@ -98,6 +99,7 @@ class ModelRunner:
         self.slot_table = torch.empty((seqs + 1, limits.max_model_len), dtype=torch.int32, device=self.device)
         self.kv: tuple[KVView, ...] = ()
         self._graphs: DecodeGraphs | None = None
+        self._sharing_graphs: DecodeGraphs | None = None
         self._pieces: StepPieces | None = None
         self._arange = torch.arange(seqs + 1, dtype=torch.int32, device=self.device)
         self._axes = PositionAxes(seqs, self.device) if media is not None and media.has_axes else None
@@ -113,7 +115,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops KV and graphs; no step may be launched afterwards."""
-        self.kv, self._graphs, self._pieces = (), None, None
+        self.kv, self._graphs, self._sharing_graphs, self._pieces = (), None, None, None
 
     @torch.inference_mode()
     def profile(self, tokens: int | None = None) -> None:
@@ -162,9 +164,9 @@ class ModelRunner:
         """Captures the graphs of decodes, and of steps with prompts; yields the share that is done."""
         if not self._use_graphs:
             return
-        self._graphs, self._pieces = self._make_graphs()
-        count = len(self.graph_sizes) + len(self._pieces.sizes)
-        for done, _ in enumerate(chain(self._graphs.capture(), self._pieces.capture()), 1):
+        self._graphs, self._sharing_graphs, self._pieces = kinds = self._make_graphs()
+        count = sum(len(kind.sizes) for kind in kinds)
+        for done, _ in enumerate(chain.from_iterable(kind.capture() for kind in kinds), 1):
             yield done / count
 
     @torch.inference_mode()
@@ -175,22 +177,31 @@ class ModelRunner:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before, total = torch.cuda.mem_get_info(self.device)[0], 0
-        graphs, pieces = self._make_graphs()
-        for capture, sizes in ((graphs.capture, self.graph_sizes), (pieces.capture, pieces.sizes)):
-            free = [before]
-            for _ in capture([sizes[-1], sizes[0]] if len(sizes) > 1 else sizes):
+        kinds = self._make_graphs()
+        for kind in kinds:
+            free, count = [before], len(kind.sizes)
+            for _ in kind.capture([kind.sizes[-1], kind.sizes[0]] if count > 1 else kind.sizes):
                 free.append(torch.cuda.mem_get_info(self.device)[0])
             each = max(free[-2] - free[-1], 0) if len(free) > 2 else 0
-            total += before - free[-1] + each * (len(sizes) - 2)
+            total += before - free[-1] + each * (count - 2)
             before = free[-1]
-        del graphs, pieces, capture
+        del kinds, kind
         torch.cuda.empty_cache()
         return int(total)
 
     @property
     def graph_sizes(self) -> list[int]:
         """Batch sizes of the decode graphs."""
-        return batch_sizes(min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens))
+        return batch_sizes(self._most_decodes)
+
+    @property
+    def sharing_sizes(self) -> list[int]:
+        """Those of the decode graphs for steps with `shared_prefixes`."""
+        return sharing_sizes(self._most_decodes) if self._groups_decodes and self._most_decodes >= MIN_MEMBERS else []
+
+    @property
+    def _most_decodes(self) -> int:
+        return min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
 
     @property
     def piece_sizes(self) -> list[int]:
@@ -204,19 +215,20 @@ class ModelRunner:
         """Whether steps with prompts are replayed, up to the largest of `piece_sizes`."""
         return self._pieces is not None and len(self._pieces.sizes) > 0
 
-    def _make_graphs(self) -> tuple[DecodeGraphs, StepPieces]:
+    def _make_graphs(self) -> tuple[DecodeGraphs, DecodeGraphs, StepPieces]:
         sizes, pool = self.graph_sizes, torch.cuda.graph_pool_handle()
         self._stage_padding(sizes[-1])
         sample = self._forward(self._decode_step(1))
         logits = torch.empty((sizes[-1], sample.shape[1]), dtype=sample.dtype, device=self.device)
         graphs = DecodeGraphs(self._forward, self._decode_step, sizes, logits, pool)
-        return graphs, StepPieces(self.runtime, self.kv, self._padding_prompts, self.piece_sizes, pool)
+        sharing = DecodeGraphs(self._forward, partial(self._decode_step, is_sharing=True), self.sharing_sizes, logits, pool)
+        return graphs, sharing, StepPieces(self.runtime, self.kv, self._padding_prompts, self.piece_sizes, pool)
 
     @torch.inference_mode()
-    def decode_padding(self, size: int) -> torch.Tensor:
-        """Logits `[size, V]` of a step of `size` decodes of padding: what the graph of that size captures."""
+    def decode_padding(self, size: int, is_sharing: bool = False) -> torch.Tensor:
+        """Logits `[size, V]` of a step of `size` decodes of padding: what the graph of that size captures, of either kind."""
         self._stage_padding(size)
-        return self._forward(self._decode_step(size))
+        return self._forward(self._decode_step(size, is_sharing))
 
     @torch.inference_mode()
     def prompt_padding(self, size: int) -> torch.Tensor:
@@ -234,8 +246,9 @@ class ModelRunner:
     def _stage_padding(self, size: int) -> None:
         self._staging.upload(_padding(size, self.limits.max_num_seqs, self.num_slots - 1))
 
-    def _decode_step(self, size: int) -> Step:
-        """The step of `size` decodes over the fixed regions; token ids come from the rows' last samples."""
+    def _decode_step(self, size: int, is_sharing: bool = False) -> Step:
+        """The step of `size` decodes over the fixed regions, with `shared_prefixes` or without; token ids come from the rows'
+        last samples."""
         view = self._staging.view
         rows, positions, slots = view("rows", size), view("positions", size), view("slots", size)
         long_rows = rows.long()
@@ -254,8 +267,7 @@ class ModelRunner:
             max_query_len=1,
             max_seq_len=self.limits.max_model_len,
             prompt_lens=view("prompt_lens", size),
-            # Fewer decodes are never grouped either.
-            shared_prefixes=self._shared_prefixes(size) if self._groups_decodes and size >= MIN_MEMBERS else None,
+            shared_prefixes=self._shared_prefixes(size) if is_sharing else None,
             media_positions=None if self._axes is None else self._axes.of_decodes(rows, positions),
         )
 
@@ -281,11 +293,12 @@ class ModelRunner:
                 self._axes.admit(admitted.row, admitted.request.position_delta)
         num_sampled = len(plan.sampled)
         prepared = self.sampler.prepare(plan.sample_request_rows, plan.num_output_tokens) if num_sampled else None
-        size = self._graphs.padded(plan.num_decodes) if self._graphs and plan.num_decodes == plan.num_tokens else None
+        graphs = self._graphs if plan.shared_prefixes is None else self._sharing_graphs
+        size = graphs.padded(plan.num_decodes) if graphs and plan.num_decodes == plan.num_tokens else None
         prompt: list[list[PendingLogprobs]] = []
-        if size is not None and self._graphs is not None:
+        if size is not None and graphs is not None:
             self._staging.upload(_padded(plan, size, self.limits.max_num_seqs, self.num_slots - 1))
-            logits = self._graphs.replay(size)[:num_sampled]
+            logits = graphs.replay(size)[:num_sampled]
         else:
             self._update_table(plan)  # a graph writes its decodes' slots itself
             padded = self._pieces.padded(plan.num_tokens) if self._pieces else None
@@ -416,7 +429,10 @@ def _padded(plan: StepPlan, size: int, padding_row: int, padding_slot: int) -> d
     for name in ("rows", "seq_lens", "prompt_lens", "slots", "positions"):
         values = getattr(plan, name)
         arrays[name][: len(values)] = values
-    arrays["shared_prefixes"] = _shared_prefixes(plan.shared_prefixes, padding_row)
+    if plan.shared_prefixes is None:
+        del arrays["shared_prefixes"]
+    else:
+        arrays["shared_prefixes"] = _shared_prefixes(plan.shared_prefixes, padding_row)
     return arrays
 
 
