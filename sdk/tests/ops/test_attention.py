@@ -365,3 +365,26 @@ def test_pool_beyond_int32(make_batch, tolerances) -> None:
         setattr(batch, name, large)
     batch.step.slot_table += shift
     check_kernel(batch, tolerances(torch.bfloat16), 0.1)
+
+
+@pytest.mark.parametrize("heads", [MHA, GQA, (3, 3, 80)], ids=str)
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("config", [PrefillConfig(16, 16, 1, 1), PrefillConfig(64, 32, 4, 2)], ids=str)
+@pytest.mark.parametrize("mix", ["empty prefix", "cached prefix", "mixed"])
+def test_keys_of_the_step_itself(heads, alibi, config, mix, make_batch, tolerances) -> None:
+    """Read where they lie, and from nowhere else: the pool has NaN in their place."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
+    from light_sdk.ops.attention.prefill import prefill_attention
+
+    batch = make_batch(*MIXES[mix], heads)
+    slopes, step = alibi_slopes(heads[0]) if alibi else None, batch.step
+    expected = dense(batch, 0.3, None, slopes)
+    # As views of a fused product: rows have gaps.
+    own_k, own_v = (torch.cat((cache[step.slots.long()],) * 2, 1)[:, : heads[1]] for cache in (batch.k_cache, batch.v_cache))
+    prompts = step.slots[step.num_decodes :].long()
+    batch.k_cache[prompts], batch.v_cache[prompts] = float("nan"), float("nan")
+    out, q, k_cache, v_cache, step = batch.arguments[:5]
+    prefill_attention(out, q, k_cache, v_cache, step, 0.3, None, slopes, config, None, None, own_k, own_v)
+    rows = slice(step.num_decodes, None)
+    torch.testing.assert_close(out[rows].double(), expected[rows], **tolerances(torch.float32))

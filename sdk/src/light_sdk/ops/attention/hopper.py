@@ -34,7 +34,7 @@ def attention(
     for run in runs_of(step, "attention", is_worthwhile, BUCKET if is_new_dense else None):
         if run.kind == "short":
             config = prefill_config(q_THD)
-            prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end)
+            prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end, k_TKD, v_TKD)
             continue
         tokens = slice(run.begin, run.stop)
         k, v = (k_TKD[tokens], v_TKD[tokens]) if k_TKD is not None and v_TKD is not None else (None, None)

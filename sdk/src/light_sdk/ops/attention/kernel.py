@@ -31,4 +31,6 @@ def attention(
     if step.num_decodes:
         decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, window, alibi_slopes, decode_config(q_THD))
     if step.num_seqs > step.num_decodes:
-        prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, window, alibi_slopes, prefill_config(q_THD))
+        prefill_attention(
+            out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, window, alibi_slopes, prefill_config(q_THD), None, None, k_TKD, v_TKD
+        )

@@ -34,9 +34,10 @@ def _attend(
     positions: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
-    seq_len: tl.tensor,
+    limit: tl.tensor,
     window: tl.tensor,
     scale: tl.tensor,
+    GATHERED: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
@@ -44,13 +45,16 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """Online softmax over the keys begin … end - 1, in blocks; MASKED where some row does not see some key."""
+    """Online softmax over the keys begin … end - 1, in blocks; MASKED where some row does not see some key, or there may be
+    `limit` keys or fewer. They are GATHERED by their slots, or follow each other. Positions count from the first key."""
     log2_e: tl.constexpr = 1.4426950408889634  # a module's constant would be compared at each launch
     d = tl.arange(0, BLOCK_D)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        n_mask = n < seq_len
-        slots = (tl.load(slots_ptr + n, mask=n_mask, other=0) if MASKED else tl.load(slots_ptr + n)).to(tl.int64)
+        n_mask = n < limit
+        slots = n.to(tl.int64)
+        if GATHERED:
+            slots = (tl.load(slots_ptr + n, mask=n_mask, other=0) if MASKED else tl.load(slots_ptr + n)).to(tl.int64)
         k_rows = k_ptr + slots[None, :] * k_stride_s + d[:, None]
         v_rows = v_ptr + slots[:, None] * v_stride_s + d[None, :]
         # Masked rows are zeros, never what an unassigned slot holds: 0 * NaN would reach the sum.
@@ -64,7 +68,7 @@ def _attend(
         if HAS_ALIBI:
             scores += slopes[:, None] * (n[None, :] - positions[:, None]).to(tl.float32)
         if MASKED:
-            seen = n[None, :] <= positions[:, None]
+            seen = (n[None, :] <= positions[:, None]) & n_mask[None, :]
             if HAS_WINDOW:
                 seen = seen & (n[None, :] > positions[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
@@ -91,6 +95,8 @@ def _prefill_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    new_k_ptr: tl.tensor,
+    new_v_ptr: tl.tensor,
     slopes_ptr: tl.tensor,
     cu_seqlens_q_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
@@ -104,6 +110,10 @@ def _prefill_kernel(
     k_stride_h: tl.tensor,
     v_stride_s: tl.tensor,
     v_stride_h: tl.tensor,
+    new_k_stride_t: tl.tensor,
+    new_k_stride_h: tl.tensor,
+    new_v_stride_t: tl.tensor,
+    new_v_stride_h: tl.tensor,
     slot_table_stride: tl.tensor,
     first_request: tl.tensor,
     scale: tl.tensor,
@@ -111,6 +121,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr,
     GROUP_TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HAS_NEW: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -148,31 +159,58 @@ def _prefill_kernel(
     last_position = tl.minimum(first_position + tile_tokens, seq_len) - 1
     positions = first_position + in_tile
 
-    # Keys:   hidden | some rows (window) | all rows | some rows (causal) | hidden
-    #               low                 whole       edge            last_position + 1
-    low = 0
-    whole = 0
-    if HAS_WINDOW:
-        low = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
-        whole = (tl.maximum(last_position - window + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    edge = tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, whole)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_head, v_head = k_ptr + kv_head * k_stride_h, v_ptr + kv_head * v_stride_h
-    if HAS_WINDOW:
+    if HAS_NEW:
+        # Keys before the chunk are gathered, those of the chunk lie one after the other:
+        #     all rows | some rows (causal) | hidden
+        #     0        edge                 last_token + 1
+        prefix_len = seq_len - query_len
+        full = prefix_len // BLOCK_N * BLOCK_N
         acc, total, highest = _attend(
-            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, low, whole,
-            seq_len, window, scale, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, 0, full,
+            prefix_len, window, scale, True, False, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    acc, total, highest = _attend(
-        acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, whole, edge,
-        seq_len, window, scale, False, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    acc, total, highest = _attend(
-        acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, edge, last_position + 1,
-        seq_len, window, scale, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        acc, total, highest = _attend(
+            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, full, prefix_len,
+            prefix_len, window, scale, True, True, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        k_own = new_k_ptr + query_begin.to(tl.int64) * new_k_stride_t + kv_head * new_k_stride_h
+        v_own = new_v_ptr + query_begin.to(tl.int64) * new_v_stride_t + kv_head * new_v_stride_h
+        edge = (first_token + 1) // BLOCK_N * BLOCK_N
+        acc, total, highest = _attend(
+            acc, total, highest, q, k_own, v_own, slots_ptr, new_k_stride_t, new_v_stride_t, slopes, first_token + in_tile, 0, edge,
+            query_len, window, scale, False, False, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        acc, total, highest = _attend(
+            acc, total, highest, q, k_own, v_own, slots_ptr, new_k_stride_t, new_v_stride_t, slopes, first_token + in_tile, edge,
+            tl.minimum(first_token + tile_tokens, query_len), query_len, window, scale, False, True, False, HAS_ALIBI, HEAD_DIM,
+            BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        # Keys:   hidden | some rows (window) | all rows | some rows (causal) | hidden
+        #               low                 whole       edge            last_position + 1
+        low = 0
+        whole = 0
+        if HAS_WINDOW:
+            low = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+            whole = (tl.maximum(last_position - window + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        edge = tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, whole)
+        if HAS_WINDOW:
+            acc, total, highest = _attend(
+                acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, low, whole,
+                seq_len, window, scale, True, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        acc, total, highest = _attend(
+            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, whole, edge,
+            seq_len, window, scale, True, False, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        acc, total, highest = _attend(
+            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, edge, last_position + 1,
+            seq_len, window, scale, True, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     rows = out_ptr + tokens[:, None] * out_stride_t + heads[:, None] * out_stride_h + d[None, :]
     tl.store(rows, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -190,9 +228,11 @@ def prefill_attention(
     config: PrefillConfig,
     first: int | None = None,
     end: int | None = None,
+    k_TKD: torch.Tensor | None = None,
+    v_TKD: torch.Tensor | None = None,
 ) -> None:
     """Attention of the requests `first` … `end` - 1 of the step, all prefills if None; the other arguments are those
-    of the op `attention`.
+    of the op `attention`. With the step's own keys and values, which follow each other, only what is before a chunk is gathered.
 
     Never synchronises.
     """
@@ -202,11 +242,15 @@ def prefill_attention(
     group_tile = min(group, config.block_m)
     num_tiles = -(-step.max_query_len // (config.block_m // group_tile))
     grid = (num_tiles, num_kv_heads * -(-group // group_tile), end - first)
+    has_new = k_TKD is not None and v_TKD is not None and window is None
+    new_k, new_v = (k_TKD, v_TKD) if k_TKD is not None and v_TKD is not None else (k_cache_SKD, v_cache_SKD)
     _prefill_kernel[grid](
         out_THD,
         q_THD,
         k_cache_SKD,
         v_cache_SKD,
+        new_k,
+        new_v,
         alibi_slopes,
         step.cu_seqlens_q,
         step.seq_lens,
@@ -216,6 +260,8 @@ def prefill_attention(
         *q_THD.stride()[:2],
         *k_cache_SKD.stride()[:2],
         *v_cache_SKD.stride()[:2],
+        *new_k.stride()[:2],
+        *new_v.stride()[:2],
         step.slot_table.stride(0),
         first,
         scale,
@@ -223,6 +269,7 @@ def prefill_attention(
         GROUP=group,
         GROUP_TILE=group_tile,
         HEAD_DIM=head_dim,
+        HAS_NEW=has_new,
         HAS_WINDOW=window is not None,
         HAS_ALIBI=alibi_slopes is not None,
         BLOCK_M=config.block_m,
