@@ -59,6 +59,50 @@ def without_bfloat16(dtype, device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "n", "k"), [(1, 40, 96), (70, 33, 72), (300, 64, 64), (129, 200, 136)], ids=str)
+@pytest.mark.parametrize("group", [1, 2, 16])
+def test_many_tokens_in_one_kernel(dtype, num_tokens, n, k, group, device, tolerances) -> None:
+    """Tiles that do not come out even, in every direction; neighbours in groups of which the last has fewer."""
+    from light_sdk.ops.gated_linear.fused import FusedConfig, fused_linear
+
+    without_bfloat16(dtype, device)
+    x, weight, _ = inputs(num_tokens, n, k, "silu", dtype, device)
+    wide = torch.full((num_tokens, 2 * k), float("nan"), dtype=dtype, device=device)
+    wide[:, :k] = x  # rows have gaps
+    out = fused_linear(wide[:, :k], weight, "silu", FusedConfig(64, 32, 32, group, 4, 2), 3)
+    check(out, x, weight, None, "silu", tolerances)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "has_bias", "taken"),
+    [
+        (150, False, "composed"),
+        (151, False, "fused_linear"),
+        (300, False, "fused_linear"),
+        (301, False, "composed"),
+        (300, True, "composed"),
+        (70, False, "composed"),
+    ],
+)
+def test_one_kernel_where_it_was_faster(num_tokens, has_bias, taken, device, tolerances, monkeypatch) -> None:
+    from light_sdk.ops.gated_linear import kernel
+
+    entry = {"block_m": 64, "block_n": 32, "block_k": 32, "group": 2, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(kernel, "read_configs", lambda package, name: {"80x64": {"150": "blas", "300": entry}})
+    monkeypatch.setattr(kernel, "small_linear", lambda *arguments: None)
+    kernel._fused_config.cache_clear()
+    calls = []
+    for name in ("fused_linear", "composed"):
+        found = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *given, name=name, found=found: (calls.append(name), found(*given))[1])
+    x, weight, bias = inputs(num_tokens, 40, 64, "silu", torch.float32, device)
+    bias = bias if has_bias else None
+    check(kernel.gated_linear(x, weight, bias, "swish"), x, weight, bias, "silu", tolerances)
+    assert calls == [taken]
+    kernel._fused_config.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [2, 17])
 @pytest.mark.parametrize("activation", ACTIVATIONS[:2], ids=str)
 @pytest.mark.parametrize("processors", [1, 3, 5, 64])

@@ -7,12 +7,14 @@ file lacks comes from `default.json`. What the files say is the op's own affair.
 import functools
 import json
 import logging
+from bisect import bisect_left
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 import torch
 
-__all__ = ["device_name", "next_power_of_2", "num_processors", "read_configs", "tuned_parameters"]
+__all__ = ["device_name", "entry_for", "next_power_of_2", "num_processors", "read_configs", "tuned_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,15 @@ def read_configs(package: str, name: str) -> dict[str, Any]:
     file = resources.files(package).joinpath("configs", name.replace(" ", "-").replace("/", "-") + ".json")
     content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return content
+
+
+def entry_for(entries: Mapping[str, Any], num_tokens: int) -> Any:
+    """The entry for `num_tokens`: that of the least number of tokens not below it, if that is less than twice as many; None where
+    there is none, or it is "blas"."""
+    sizes = sorted(map(int, entries))
+    at = bisect_left(sizes, num_tokens)
+    found = entries[str(sizes[at])] if at < len(sizes) and sizes[at] < 2 * num_tokens else None
+    return None if found == "blas" else found
 
 
 def tuned_parameters(package: str, name: str, path: tuple[str, ...], use: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import logging
 import os
-from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from light_core.engine.fakes import is_fake
-from light_sdk.ops.tuning import device_name, read_configs
+from light_sdk.ops.tuning import device_name, entry_for, read_configs
 
 __all__ = ["Algorithm", "Product", "product", "product_to", "suggested_algorithms", "tuned_algorithm", "version"]
 
@@ -85,17 +84,9 @@ def product_to(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, adds
 
 
 def tuned_algorithm(entries: dict[str, Any], num_tokens: int) -> Algorithm | None:
-    """The algorithm for `num_tokens`: that of the least number of tokens not below it, if that is less than twice as many.
-
-    Args:
-        entries: of one weight: number of tokens to attributes, or to "blas" where torch's own product is as fast.
-        num_tokens: of the product.
-    """
-    sizes = sorted(map(int, entries))
-    at = bisect_left(sizes, num_tokens)
-    if at == len(sizes) or sizes[at] >= 2 * num_tokens or entries[str(sizes[at])] == "blas":
-        return None
-    return Algorithm(**entries[str(sizes[at])])
+    """The algorithm for `num_tokens`, by `entry_for`: None where torch's own product is as fast."""
+    entry = entry_for(entries, num_tokens)
+    return None if entry is None else Algorithm(**entry)
 
 
 def suggested_algorithms(n: int, k: int, num_tokens: int) -> set[Algorithm]:
