@@ -399,3 +399,41 @@ def test_outputs_and_memory_are_the_same_either_way() -> None:
     (tokens, num_slots), (expected, num_expected) = run(True), run(False)
     assert tokens == expected
     assert abs(num_slots - num_expected) <= 0.02 * num_expected
+
+
+HELPED = """
+import sys
+from light_core.engine.compile_helper import CompileHelper
+
+helper = CompileHelper(2)
+from itertools import islice
+from triton import knobs
+from light_core.config import EngineConfig
+from light_core.engine.compilation import CompileQueue
+from light_core.engine.loading import resolve_model
+from light_core.engine.rehearsal import Rehearsal
+from light_sdk.testing.absent_gpu import GPUS, absent_gpu
+
+gpu = GPUS["h200"]
+config = EngineConfig(model=sys.argv[1], load_format="dummy", dtype="bfloat16")
+resolved = resolve_model(config, device="cuda:0")
+queue = CompileQueue(4, helper)
+found = []
+knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append((src.name, cache_hit))
+with absent_gpu(gpu):
+    with queue.collecting():
+        assert list(islice(Rehearsal(resolved, config, gpu.machine).steps(queue.launched), 1))
+    assert len({pending.result().metadata.name for pending in queue.pending}) >= 5
+assert not queue.finish()
+assert len(found) == len(queue.pending) >= 8 and all(is_there for _, is_there in found), found
+"""
+
+
+def test_a_helper_compiles_the_kernels_of_a_step(tmp_path: Path) -> None:
+    """All of them, so that the engine finds them in Triton's cache."""
+    (tmp_path / "config.json").write_bytes((CONFIGS / "llama-3.1-8b.json").read_bytes())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-W", "ignore", "-c", HELPED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,12 +36,13 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> list[CompileQueue]:
     """The queues that are made."""
     made: list[CompileQueue] = []
 
-    def create(num_threads: int) -> CompileQueue:
+    def create(num_threads: int, helper: Any) -> CompileQueue:
         assert num_threads >= 1
-        made.append(CompileQueue(num_threads))
+        made.append(CompileQueue(num_threads, helper))
         return made[-1]
 
     monkeypatch.setattr(compilation, "CompileQueue", create)
+    monkeypatch.setattr(engine_ahead, "take_helper", lambda: None)
     monkeypatch.setattr(rehearsal, "Rehearsal", Steps)
     return made
 
@@ -68,6 +70,49 @@ def test_kernels_are_there_when_the_block_ends(queues: list[CompileQueue], monke
         ahead.collect()
         assert len(queues[0].pending) == 2
     assert kept[-2:] == ["first", "second"]
+
+
+class Helper:
+    """A helper that has compiled what it is asked for when it is allowed to, and knows whether it was closed."""
+
+    def __init__(self) -> None:
+        self.is_done, self.is_closed, self.asked = threading.Event(), False, 0
+
+    def ask(self, compile_kernel: object) -> Future[bool]:
+        answer: Future[bool] = Future()
+        self.asked += 1
+        threading.Thread(target=lambda: (self.is_done.wait(TIMEOUT_S), answer.set_result(True))).start()
+        return answer
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_helper_compiles_first(queues: list[CompileQueue], monkeypatch: pytest.MonkeyPatch) -> None:
+    helper, kept = Helper(), []
+    monkeypatch.setattr(engine_ahead, "take_helper", lambda: helper)
+
+    def steps(self: Steps, launched: Sequence[object]) -> Iterator[str]:
+        for name in ("a", "b", "a"):
+            queues[0].submit(name, lambda name=name: (helper.is_done.is_set(), name), kept.append)
+        yield "one"
+
+    monkeypatch.setattr(Steps, "steps", steps)
+    with compile_ahead(GPU, CONFIG) as ahead:
+        assert ahead is not None
+        ahead.collect()
+        assert helper.asked == 2 and not helper.is_closed
+        assert not any(isinstance(kernel, tuple) for kernel in kept), "nobody compiles what the helper may have soon"
+        helper.is_done.set()
+    assert {kernel for kernel in kept if isinstance(kernel, tuple)} == {(True, "a"), (True, "b")}
+    assert helper.is_closed
+
+
+def test_a_helper_that_nobody_needs_is_closed(queues: list[CompileQueue], monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = Helper()
+    monkeypatch.setattr(engine_ahead, "take_helper", lambda: helper)
+    with compile_ahead(SimpleNamespace(device="cpu"), CONFIG):  # type: ignore[arg-type]
+        assert helper.is_closed
 
 
 def test_libraries_are_loaded_beside_the_steps_and_are_there_when_all_is_collected(

@@ -5,7 +5,8 @@ compiler make the function that launches it, another sixth of a second, which is
 `CompileQueue.collecting` a launch is not one: its arguments are specialised as ever, and the kernel that they ask for is
 compiled by a thread. A launch outside finds that kernel in Triton's own cache. If a thread compiles it just then it waits
 for that one alone; if none has begun it compiles at once itself; what compilation raises, the launch raises, as if nobody
-had tried before.
+had tried before. Where there is a helper (`compile_helper.py`) its processes compile, and threads wait for what they have
+written to disk.
 
 Triton's half is `triton.runtime._async_compile` (from 3.5), whose place a queue takes. Not here: which steps are run
 (`rehearsal.py`). Callers: `ahead.py`, and `light_sdk.testing`.
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import _async_compile, driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+
+from light_core.engine.compile_helper import ANSWER_S, CompileHelper
 
 __all__ = ["CompileQueue", "PendingKernel"]
 
@@ -85,6 +88,7 @@ class CompileQueue:
 
     Args:
         num_threads: that compile.
+        helper: a process that compiles first, if there is one.
 
     Attributes:
         launched: what was launched while this queue collected, in order: `PendingKernel`s, or Triton's kernels where they
@@ -92,7 +96,8 @@ class CompileQueue:
         finished: when a thread had its last kernel ready, by `time.perf_counter`; 0 before the first.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, helper: CompileHelper | None = None) -> None:
+        self._helper = helper
         self.launched: list[object] = []
         self.finished = 0.0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
@@ -141,6 +146,8 @@ class CompileQueue:
     ) -> PendingKernel:
         """Called by Triton for a kernel that its cache does not have."""
         if key not in self._pending:
+            if self._helper is not None:
+                compile_kernel = partial(_helped, self._helper.ask(compile_kernel), compile_kernel)
             future = self._pool.submit(partial(self._make_ready, compile_kernel))
             self._pending[key] = PendingKernel(self._function, compile_kernel, forget, future)
         pending = self._pending[key]
@@ -167,8 +174,19 @@ class CompileQueue:
             except Exception as error:  # a launch will raise it, if there is one
                 failures.append(error)
         self._pool.shutdown()
+        if self._helper is not None:
+            self._helper.close()
         return failures
 
     def cancel(self) -> None:
         """Lets go of what no thread has begun; returns without waiting for the rest."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._helper is not None:
+            self._helper.close()
+
+
+def _helped(answer: Future[bool], compile_kernel: Callable[[], Any]) -> Any:
+    """Compiles what the helper has compiled: reads it from Triton's cache."""
+    with suppress(TimeoutError):
+        answer.result(ANSWER_S)
+    return compile_kernel()
