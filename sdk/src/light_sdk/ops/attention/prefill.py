@@ -2,7 +2,8 @@
 
 A tile holds BLOCK_M rows: some tokens of one request times the query heads of one key/value head, so that a chunk of
 few tokens fills the tensor cores too. Key blocks that every row of a tile sees whole run without masks; blocks that
-a sliding window hides from all rows are skipped.
+a sliding window hides from all rows are skipped. Where a step's own keys and values are given, they are read one after the
+other, as the product left them, and only what is before a chunk is gathered through the slot table.
 
 The grid is an upper bound taken from `max_query_len`; tiles past the end of a request exit. Bound by compute.
 Source: Dao 2023, "FlashAttention-2", arXiv 2307.08691.
