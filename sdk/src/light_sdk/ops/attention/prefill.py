@@ -164,53 +164,49 @@ def _prefill_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_head, v_head = k_ptr + kv_head * k_stride_h, v_ptr + kv_head * v_stride_h
+    # Gathered keys:   hidden | some rows (window) | all rows | some rows (causal), or a last block in part | hidden
+    #                         low                 whole       edge                                        stop
+    low = 0
+    whole = 0
     if HAS_NEW:
-        # Keys before the chunk are gathered, those of the chunk lie one after the other:
-        #     all rows | some rows (causal) | hidden
-        #     0        edge                 last_token + 1
-        prefix_len = seq_len - query_len
-        full = prefix_len // BLOCK_N * BLOCK_N
-        acc, total, highest = _attend(
-            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, 0, full,
-            prefix_len, window, scale, True, False, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        acc, total, highest = _attend(
-            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, full, prefix_len,
-            prefix_len, window, scale, True, True, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        k_own = new_k_ptr + query_begin.to(tl.int64) * new_k_stride_t + kv_head * new_k_stride_h
-        v_own = new_v_ptr + query_begin.to(tl.int64) * new_v_stride_t + kv_head * new_v_stride_h
-        edge = (first_token + 1) // BLOCK_N * BLOCK_N
-        acc, total, highest = _attend(
-            acc, total, highest, q, k_own, v_own, slots_ptr, new_k_stride_t, new_v_stride_t, slopes, first_token + in_tile, 0, edge,
-            query_len, window, scale, False, False, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        acc, total, highest = _attend(
-            acc, total, highest, q, k_own, v_own, slots_ptr, new_k_stride_t, new_v_stride_t, slopes, first_token + in_tile, edge,
-            tl.minimum(first_token + tile_tokens, query_len), query_len, window, scale, False, True, False, HAS_ALIBI, HEAD_DIM,
-            BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        limit = seq_len - query_len
+        edge = limit // BLOCK_N * BLOCK_N
+        stop = limit
     else:
-        # Keys:   hidden | some rows (window) | all rows | some rows (causal) | hidden
-        #               low                 whole       edge            last_position + 1
-        low = 0
-        whole = 0
+        limit = seq_len
         if HAS_WINDOW:
             low = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
             whole = (tl.maximum(last_position - window + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         edge = tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, whole)
-        if HAS_WINDOW:
-            acc, total, highest = _attend(
-                acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, low, whole,
-                seq_len, window, scale, True, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+        stop = last_position + 1
+    if HAS_WINDOW:
         acc, total, highest = _attend(
-            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, whole, edge,
-            seq_len, window, scale, True, False, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, low, whole,
+            limit, window, scale, True, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, total, highest = _attend(
+        acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, whole, edge,
+        limit, window, scale, True, False, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc, total, highest = _attend(
+        acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, edge, stop,
+        limit, window, scale, True, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if HAS_NEW:
+        # The chunk's own keys lie one after the other:   all rows | some rows (causal) | hidden
+        #                                                 0        own_edge             first_token + tile_tokens
+        k_own = new_k_ptr + query_begin.to(tl.int64) * new_k_stride_t + kv_head * new_k_stride_h
+        v_own = new_v_ptr + query_begin.to(tl.int64) * new_v_stride_t + kv_head * new_v_stride_h
+        own_edge = (first_token + 1) // BLOCK_N * BLOCK_N
+        own_stop = tl.minimum(first_token + tile_tokens, query_len)
+        in_chunk = first_token + in_tile
+        acc, total, highest = _attend(
+            acc, total, highest, q, k_own, v_own, slots_ptr, new_k_stride_t, new_v_stride_t, slopes, in_chunk, 0, own_edge,
+            query_len, window, scale, False, False, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         acc, total, highest = _attend(
-            acc, total, highest, q, k_head, v_head, slots_ptr, k_stride_s, v_stride_s, slopes, positions, edge, last_position + 1,
-            seq_len, window, scale, True, True, HAS_WINDOW, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
+            acc, total, highest, q, k_own, v_own, slots_ptr, new_k_stride_t, new_v_stride_t, slopes, in_chunk, own_edge, own_stop,
+            query_len, window, scale, False, True, False, HAS_ALIBI, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     rows = out_ptr + tokens[:, None] * out_stride_t + heads[:, None] * out_stride_h + d[None, :]
@@ -243,8 +239,8 @@ def prefill_attention(
     group_tile = min(group, config.block_m)
     num_tiles = -(-step.max_query_len // (config.block_m // group_tile))
     grid = (num_tiles, num_kv_heads * -(-group // group_tile), end - first)
-    has_new = k_TKD is not None and v_TKD is not None and window is None
-    new_k, new_v = (k_TKD, v_TKD) if k_TKD is not None and v_TKD is not None else (k_cache_SKD, v_cache_SKD)
+    own = None if k_TKD is None or v_TKD is None or window is not None else (k_TKD, v_TKD)
+    new_k, new_v = own or (k_cache_SKD, v_cache_SKD)
     _prefill_kernel[grid](
         out_THD,
         q_THD,
@@ -270,7 +266,7 @@ def prefill_attention(
         GROUP=group,
         GROUP_TILE=group_tile,
         HEAD_DIM=head_dim,
-        HAS_NEW=has_new,
+        HAS_NEW=own is not None,
         HAS_WINDOW=window is not None,
         HAS_ALIBI=alibi_slopes is not None,
         BLOCK_M=config.block_m,
