@@ -244,7 +244,9 @@ class ModelRunner:
         return self._forward(step, wanted)
 
     def _stage_padding(self, size: int) -> None:
-        self._staging.upload(_padding(size, self.limits.max_num_seqs, self.num_slots - 1))
+        padding_row = self.limits.max_num_seqs
+        nothing_shared = {"shared_prefixes": _shared_prefixes(None, padding_row)}
+        self._staging.upload(_padding(size, padding_row, self.num_slots - 1) | nothing_shared)
 
     def _decode_step(self, size: int, is_sharing: bool = False) -> Step:
         """The step of `size` decodes over the fixed regions, with `shared_prefixes` or without; token ids come from the rows'
@@ -417,7 +419,6 @@ def _padding(size: int, padding_row: int, padding_slot: int) -> dict[str, npt.ND
         "rows": np.full(size, padding_row, np.int32),
         "seq_lens": np.ones(size, np.int32),
         "prompt_lens": np.ones(size, np.int32),
-        "shared_prefixes": _shared_prefixes(None, padding_row),
         "slots": np.full(size, padding_slot, np.int64),
         "positions": np.zeros(size, np.int32),
     }
@@ -429,9 +430,7 @@ def _padded(plan: StepPlan, size: int, padding_row: int, padding_slot: int) -> d
     for name in ("rows", "seq_lens", "prompt_lens", "slots", "positions"):
         values = getattr(plan, name)
         arrays[name][: len(values)] = values
-    if plan.shared_prefixes is None:
-        del arrays["shared_prefixes"]
-    else:
+    if plan.shared_prefixes is not None:
         arrays["shared_prefixes"] = _shared_prefixes(plan.shared_prefixes, padding_row)
     return arrays
 
