@@ -42,7 +42,6 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> list[CompileQueue]:
         return made[-1]
 
     monkeypatch.setattr(compilation, "CompileQueue", create)
-    monkeypatch.setattr(engine_ahead, "take_helper", lambda: None)
     monkeypatch.setattr(rehearsal, "Rehearsal", Steps)
     return made
 
@@ -73,10 +72,10 @@ def test_kernels_are_there_when_the_block_ends(queues: list[CompileQueue], monke
 
 
 class Helper:
-    """A helper that has compiled what it is asked for when it is allowed to, and knows whether it was closed."""
+    """A helper that has compiled what it is asked for when it is allowed to."""
 
     def __init__(self) -> None:
-        self.is_done, self.is_closed, self.asked = threading.Event(), False, 0
+        self.is_done, self.asked = threading.Event(), 0
 
     def ask(self, compile_kernel: object) -> Future[bool]:
         answer: Future[bool] = Future()
@@ -84,13 +83,10 @@ class Helper:
         threading.Thread(target=lambda: (self.is_done.wait(TIMEOUT_S), answer.set_result(True))).start()
         return answer
 
-    def close(self) -> None:
-        self.is_closed = True
-
 
 def test_a_helper_compiles_first(queues: list[CompileQueue], monkeypatch: pytest.MonkeyPatch) -> None:
     helper, kept = Helper(), []
-    monkeypatch.setattr(engine_ahead, "take_helper", lambda: helper)
+    monkeypatch.setattr(engine_ahead, "current_helper", lambda: helper)
 
     def steps(self: Steps, launched: Sequence[object]) -> Iterator[str]:
         for name in ("a", "b", "a"):
@@ -101,18 +97,10 @@ def test_a_helper_compiles_first(queues: list[CompileQueue], monkeypatch: pytest
     with compile_ahead(GPU, CONFIG) as ahead:
         assert ahead is not None
         ahead.collect()
-        assert helper.asked == 2 and not helper.is_closed
+        assert helper.asked == 2
         assert not any(isinstance(kernel, tuple) for kernel in kept), "nobody compiles what the helper may have soon"
         helper.is_done.set()
     assert {kernel for kernel in kept if isinstance(kernel, tuple)} == {(True, "a"), (True, "b")}
-    assert helper.is_closed
-
-
-def test_a_helper_that_nobody_needs_is_closed(queues: list[CompileQueue], monkeypatch: pytest.MonkeyPatch) -> None:
-    helper = Helper()
-    monkeypatch.setattr(engine_ahead, "take_helper", lambda: helper)
-    with compile_ahead(SimpleNamespace(device="cpu"), CONFIG):  # type: ignore[arg-type]
-        assert helper.is_closed
 
 
 def test_libraries_are_loaded_beside_the_steps_and_are_there_when_all_is_collected(

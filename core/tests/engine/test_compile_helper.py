@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from light_core.config import EngineConfig
 from light_core.engine import compile_helper
-from light_core.engine.compile_helper import CompileHelper, start_helper, take_helper
+from light_core.engine.compile_helper import CompileHelper, current_helper, helping
 
 
 @pytest.fixture
@@ -97,18 +98,43 @@ def test_an_engine_that_is_gone_takes_its_helper_along() -> None:
     assert not [name for name in os.listdir("/proc") if name.isdigit() and _session(name) == pid]
 
 
-def test_there_is_one_where_there_are_a_gpu_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(compile_helper, "CompileHelper", lambda num_workers: made.append(num_workers) or object())
-    monkeypatch.setattr(os.path, "exists", lambda path: True)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)))
-    start_helper("cuda")
-    assert take_helper() is None
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    start_helper("cpu")
-    assert not made
-    start_helper("auto")
-    assert made == [16] and take_helper() is not None and take_helper() is None
-    monkeypatch.setattr(os.path, "exists", lambda path: False)
-    start_helper("auto")
-    assert made == [16] and take_helper() is None
+class Made:
+    """In the place of a helper."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers, self.is_closed = num_workers, False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "has_gpu", "expected"),
+    [
+        ({}, 16, True, 16),
+        ({"device": "cuda"}, 8, True, 8),
+        ({"device": "cuda"}, 7, True, None),
+        ({"device": "cpu"}, 16, True, None),
+        ({"compile_ahead": False}, 16, True, None),
+        ({}, 16, False, None),
+    ],
+)
+def test_there_is_one_where_there_are_a_gpu_and_cores(
+    options: dict[str, Any], cores: int, has_gpu: bool, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_helper, "CompileHelper", Made)
+    monkeypatch.setattr(os.path, "exists", lambda path: has_gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    with helping(EngineConfig(model="any", **options)):
+        helper: Any = current_helper()
+        assert (helper.num_workers if helper is not None else None) == expected
+        assert helper is None or not helper.is_closed
+    assert current_helper() is None and (helper is None or helper.is_closed)
+
+
+def test_it_ends_with_an_engine_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made(8)
+    monkeypatch.setattr(compile_helper, "_create", lambda config: made)
+    with pytest.raises(KeyError), helping(EngineConfig(model="any")):
+        raise KeyError
+    assert made.is_closed and current_helper() is None

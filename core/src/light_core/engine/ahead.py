@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from light_core.config import EngineConfig
-from light_core.engine.compile_helper import take_helper
+from light_core.engine.compile_helper import current_helper
 from light_core.engine.device_start import start_libraries
 from light_core.engine.loading import Resolved
 
@@ -97,17 +97,14 @@ def compile_ahead(resolved: Resolved, config: EngineConfig) -> Iterator[AheadCom
 
 
 def _start(resolved: Resolved, config: EngineConfig) -> AheadCompilation | None:
-    helper = take_helper()
     if not config.compile_ahead or not resolved.device.startswith("cuda"):
-        if helper is not None:
-            helper.close()
         return None
     queue = None
     try:
         from light_core.engine.compilation import CompileQueue
         from light_core.engine.rehearsal import Rehearsal
 
-        queue = CompileQueue(min(MAX_THREADS, len(os.sched_getaffinity(0))), helper)
+        queue = CompileQueue(min(MAX_THREADS, len(os.sched_getaffinity(0))), current_helper())
         return AheadCompilation(Rehearsal(resolved, config), queue)
     except Exception as error:  # a plugin that does not bear it, a fault that the engine's own binding tells, another Triton or torch
         if queue is not None:

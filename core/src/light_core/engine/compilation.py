@@ -174,15 +174,11 @@ class CompileQueue:
             except Exception as error:  # a launch will raise it, if there is one
                 failures.append(error)
         self._pool.shutdown()
-        if self._helper is not None:
-            self._helper.close()
         return failures
 
     def cancel(self) -> None:
         """Lets go of what no thread has begun; returns without waiting for the rest."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._helper is not None:
-            self._helper.close()
 
 
 def _helped(answer: Future[bool], compile_kernel: Callable[[], Any]) -> Any:

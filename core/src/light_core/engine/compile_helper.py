@@ -6,8 +6,8 @@ imports the same meanwhile, never touches a GPU, and forks a worker for each cor
 in Triton's cache, on disk; what they could not, the engine compiles itself.
 
 One socket connects the engine with all workers: each message is a request, which one of them receives, or an answer. It is
-closed, and they end, when the engine has its kernels or is gone. Callers: `processes/engine.py` starts the helper,
-`ahead.py` takes it, `compilation.py` asks it.
+closed, and they end, when the engine is loaded or gone. Callers: `processes/engine.py` has it start and end, `ahead.py` finds
+it, `compilation.py` asks it.
 """
 
 import contextlib
@@ -19,11 +19,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-__all__ = ["CompileHelper", "start_helper", "take_helper"]
+from light_core.config import EngineConfig
+
+__all__ = ["CompileHelper", "current_helper", "helping"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,28 +92,43 @@ class CompileHelper:
 
 
 def _settle(answer: Future[bool], is_there: bool) -> None:
-    with contextlib.suppress(Exception):  # settled before
+    with contextlib.suppress(InvalidStateError):  # settled before
         answer.set_result(is_there)
 
 
-_started: list[CompileHelper] = []
+_helpers: list[CompileHelper] = []
 
 
-def start_helper(asked: str) -> None:
-    """Starts a helper for the engine of this process, if `asked` (as `EngineConfig.device`) allows a GPU, one seems to be there,
-    and there are cores for it."""
-    cores = len(os.sched_getaffinity(0))
-    if asked == "cpu" or not os.path.exists("/dev/nvidiactl") or cores < LEAST_CORES:
+@contextlib.contextmanager
+def helping(config: EngineConfig) -> Iterator[None]:
+    """Within, the engine that this process loads has a helper, if `config` allows a GPU and compiling ahead, a GPU seems to be
+    there, and there are cores for it."""
+    helper = _create(config)
+    if helper is None:
+        yield
         return
+    _helpers.append(helper)
     try:
-        _started.append(CompileHelper(cores))
+        yield
+    finally:
+        _helpers.remove(helper)
+        helper.close()
+
+
+def current_helper() -> CompileHelper | None:
+    """That of the block of `helping` around this, if it has one."""
+    return _helpers[-1] if _helpers else None
+
+
+def _create(config: EngineConfig) -> CompileHelper | None:
+    cores = len(os.sched_getaffinity(0))
+    if not config.compile_ahead or config.device == "cpu" or not os.path.exists("/dev/nvidiactl") or cores < LEAST_CORES:
+        return None
+    try:
+        return CompileHelper(cores)
     except OSError as error:
         logger.debug("no helper: %r", error)
-
-
-def take_helper() -> CompileHelper | None:
-    """The helper that was started, once; whoever takes it closes it."""
-    return _started.pop() if _started else None
+        return None
 
 
 # ---------------------------------------------------------------------------------------------- a request

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import zmq
 
 from light_core.config import EngineConfig
-from light_core.engine.compile_helper import start_helper
+from light_core.engine.compile_helper import helping
 from light_core.engine.device_start import start_driver
 from light_core.engine.requests import EngineRequest, EngineStats, MediaItem, TokenUpdate
 from light_core.engine.threads import serving_threads
@@ -315,10 +315,9 @@ def main(child: Child) -> None:
 
     progress("imports", 0.0)
     start_driver(boot.config.device)
-    if boot.config.compile_ahead:
-        start_helper(boot.config.device)
-    factory: EngineFactory = load_target(boot.settings.engine)
-    engine = factory(boot.config, boot.refs, progress)
+    with helping(boot.config):
+        factory: EngineFactory = load_target(boot.settings.engine)
+        engine = factory(boot.config, boot.refs, progress)
     card = engine.card
     _share_cores(card)
     child.arena.size_rows(card.max_model_len)
