@@ -64,9 +64,14 @@ def elapsed(run: Run, weights: Sequence[torch.Tensor], calls: int, *, ahead: boo
     return begin.elapsed_time(end) / 1e3 / calls
 
 
+def copies(n: int, k: int) -> list[torch.Tensor]:
+    """Weights that do not fit into L2 together."""
+    return [random(n, k) * k**-0.5 for _ in range(max(1, min(MAX_COPIES, COPIED_BYTES // (n * k * 2))))]
+
+
 def times(tried: Sequence[Algorithm], n: int, k: int, tokens: int, adds: bool) -> dict[Algorithm | None, float]:
     """Seconds of the finalists and of torch's product, which is None."""
-    weights = [random(n, k) * k**-0.5 for _ in range(max(1, min(MAX_COPIES, COPIED_BYTES // (n * k * 2))))]
+    weights = copies(n, k)
     x, out = random(tokens, k), torch.zeros(tokens, n, dtype=torch.bfloat16, device="cuda")
     expected = (x.double() @ weights[0].double().T).float()
 

@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 
 import torch
-from blas import COPIED_BYTES, MAX_COPIES, Run, elapsed
+from blas import LEAST_GAIN, ROUNDS, RUN_S, TOLERANCE, Run, copies, elapsed
 from linear import BANDWIDTH, FLOPS, MODELS
 from ops import random
 
@@ -29,14 +29,11 @@ CONFIGS = [
         ((128, 128, 64, 8), (256, 64, 64, 8), (128, 64, 64, 8), (64, 64, 64, 4)), (8, 64), (3, 4)
     )
 ]
-ROUNDS, RUN_S = 3, 0.1
-LEAST_GAIN = 0.012
-TOLERANCE = 2e-2
 
 
 def times(n: int, k: int, tokens: int) -> dict[FusedConfig | None, float]:
     """Seconds of each of `CONFIGS` that is right and fits, and of the two kernels, which is None."""
-    weights = [random(2 * n, k) * k**-0.5 for _ in range(max(1, min(MAX_COPIES, COPIED_BYTES // (4 * n * k))))]
+    weights = copies(2 * n, k)
     x, processors = random(tokens, k), num_processors(weights[0].device)
     gate, value = (x.double() @ weights[0].double().T).to(x.dtype).float().chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * value
@@ -65,7 +62,7 @@ def times(n: int, k: int, tokens: int) -> dict[FusedConfig | None, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-3.1-8b"])
+    parser.add_argument("--models", nargs="+", choices=[model for model in MODELS if "gate_up" in MODELS[model]], default=["llama-3.1-8b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N")
     arguments = parser.parse_args()
     torch.manual_seed(0)
