@@ -498,6 +498,17 @@ def test_quantisation_that_a_family_loads_reaches_its_hooks(tmp_path: Path) -> N
     assert bind_model(resolve_model(config), config, device="meta").model.quantization == "fp8"
 
 
+@pytest.mark.parametrize(("gigabytes", "offline", "expected"), [(141, True, 16384), (24, True, 8192), (141, False, 8192)])
+def test_token_budget_of_a_step(gigabytes, offline, expected, llama, monkeypatch):
+    """Where nobody waits for a step and there is memory for it, it is larger; what was asked for is kept."""
+    monkeypatch.setattr("light_core.engine.loading._memory_bytes", lambda device: gigabytes * 10**9)
+    config = EngineConfig(model=str(llama[0]), model_plugin="llama")
+    assert resolve_model(config, device="cuda:0", offline=offline).limits.max_num_batched_tokens == expected
+    asked = config.replace(max_num_batched_tokens=100)
+    assert resolve_model(asked, device="cuda:0", offline=offline).limits.max_num_batched_tokens == 100
+    assert resolve_model(config, device="cpu", offline=offline).limits.max_num_batched_tokens == 512
+
+
 def test_the_last_layer_goes_on_with_the_wanted_tokens_alone(llama: tuple[str, Any]) -> None:
     """Of a prompt one token is sampled after; in a chunk that is not its last none is, and one stands in."""
     made, rows = engine(llama[0], max_num_batched_tokens=32), []

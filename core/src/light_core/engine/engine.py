@@ -66,7 +66,7 @@ class Engine:
         self.config, self._progress = config, progress or (lambda phase, share: None)
         self._progress("plugins", 0.0)
         starting = start_device(config.device)
-        self.resolved = resolved = resolve_model(config, refs)
+        self.resolved = resolved = resolve_model(config, refs, offline=paced)
         with compile_ahead(resolved, config) as ahead:
             self.runtime = bind_model(resolved, config)
             self._tell_model()
