@@ -40,8 +40,7 @@ HOST_PHASES = ("planning", "preparing", "launching", "running", "waiting", "comm
 """What the host does in a step, in order; "running" is a CPU's own kernels, "other" what is between the rest."""
 WARM_STEPS = 4
 SETTLING_STEPS = 2  # after the profiler, until the device is behind the host again
-SPARE_STEPS = 32
-"""More than it takes to fill a batch if prompts never had to wait for each other."""
+SPARE_STEPS = 4
 
 
 class PhaseClock:

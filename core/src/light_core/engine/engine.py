@@ -83,8 +83,6 @@ class Engine:
             num_slots = self._size_pool()
             for share in self.runner.capture():
                 self._progress("graphs", share)
-        # On CPUs no pace was faster than none.
-        pace = pace_of(self.runtime, self.runner.replays_prompts) if resolved.device.startswith("cuda") else None
         self.scheduler = Scheduler(
             num_slots=num_slots,
             max_num_seqs=resolved.limits.max_num_seqs,
@@ -92,8 +90,8 @@ class Engine:
             max_model_len=resolved.limits.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             max_shared_len=self.runtime.kv_layout.max_shared_len,
-            pace=pace if paced else None,
-            gather=None if paced else pace,
+            # On CPUs no pace was faster than none.
+            pace=pace_of(self.runtime, self.runner.replays_prompts) if paced and resolved.device.startswith("cuda") else None,
         )
         is_ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
         self._depth = 1 if is_ahead else 0

@@ -1,7 +1,6 @@
-"""How many tokens keep a GPU busy for as long as the host needs to launch a step (docs/decisions/0011, 0016, 0019).
+"""How many tokens keep a GPU busy for as long as the host needs to launch a step (docs/decisions/0011, 0016).
 
 A round number, for the matrix products. It is told by the model's shape alone, so that a batch is always cut the same way.
-Steps with prompts have as many, in a batch that is paced, or where prompts are gathered while many requests decode.
 """
 
 from math import ceil

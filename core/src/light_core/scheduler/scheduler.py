@@ -1,7 +1,6 @@
 """Continuous batching: which tokens run in the next step, where their KV goes, and what became of those that ran.
 
-A step mixes every running decode with as many prompt tokens as the token budget leaves, first come first served; the
-budget is that of `pacing.py` or `gathering.py` where prompts may have to wait.
+A step mixes every running decode with as many prompt tokens as the token budget leaves, first come first served.
 `plan` may be called for step N+1 before `commit` has had the samples of step N: samples feed the next step on the
 device, and outputs are planned ahead of what the host knows. Since the device runs steps in order, slots and rows can
 be given anew as soon as the host knows that they are free.
@@ -23,7 +22,6 @@ from light_core.errors import RequestError
 from light_core.kv.pool import SlotPool
 from light_core.kv.radix import RadixCache
 from light_core.scheduler.admission import Admission
-from light_core.scheduler.gathering import Gatherer
 from light_core.scheduler.lengths import LengthEstimator
 from light_core.scheduler.pacing import Pacer
 from light_core.scheduler.plan import Admitted, Chunk, StepPlan, create_plan
@@ -47,12 +45,7 @@ class Scheduler:
         max_shared_len: `KVLayout.max_shared_len`.
         pace: only the end of the last request counts (`pacing.py`), they are added longest outputs first, and steps with
             prompts have multiples of so many tokens; None where each request counts.
-        gather: each request counts, and while many decode, prompts wait a few steps until one of so many tokens is full
-            (`gathering.py`); None lets them run as they come.
         clock: monotonic, in seconds.
-
-    Raises:
-        ValueError: `pace` and `gather` are both given.
     """
 
     def __init__(
@@ -65,11 +58,8 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         max_shared_len: int | None = None,
         pace: int | None = None,
-        gather: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if pace is not None and gather is not None:
-            raise ValueError(f"pace {pace} and gather {gather}: a scheduler has one of them at most")
         # Every running request must be able to have a token in every step.
         num_rows = min(max_num_seqs, max_num_batched_tokens)
         self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
@@ -86,12 +76,7 @@ class Scheduler:
         self._live: dict[int, ScheduledRequest] = {}
         # Every waiting request came later than every running one.
         self._waiting = WaitingQueue()
-        # Says when prompts run; None: as soon as there is room.
-        self._timing: Pacer | Gatherer | None = None
-        if pace is not None:
-            self._timing = Pacer(self.rows, self._waiting, self.lengths, pace, max_num_batched_tokens)
-        elif gather is not None:
-            self._timing = Gatherer(self.rows, self._waiting, gather, max_num_batched_tokens)
+        self._pacer = None if pace is None else Pacer(self.rows, self._waiting, self.lengths, pace, max_num_batched_tokens)
         # Nobody is admitted behind an unfinished prefill: it is one at most, and the newest of the running requests. So
         # memory that it lacks is held by older ones, which end, and it is the first to give way to them.
         self._prefilling: ScheduledRequest | None = None
@@ -201,7 +186,7 @@ class Scheduler:
         Every plan must be run, and committed in the same order. Does not block; about 0.1 ms for 256 decodes.
         """
         decodes = self._plan_decodes()
-        budget = self.max_num_batched_tokens if self._timing is None else self._timing.budget(len(decodes))
+        budget = self.max_num_batched_tokens if self._pacer is None else self._pacer.budget(len(decodes))
         chunks = self._plan_prefills(budget - len(decodes))
         if len(decodes) == 0 and not chunks:
             return None

@@ -1,7 +1,6 @@
 """Requests that wait for a row, in their order. Caller: the scheduler."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 from light_core.scheduler.request import ScheduledRequest
 
@@ -21,10 +20,6 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self._records)
-
-    def __iter__(self) -> Iterator[ScheduledRequest]:
-        """From the head on."""
-        return iter(self._records.values())
 
     @property
     def head(self) -> ScheduledRequest:
