@@ -383,12 +383,18 @@ def product_cases(ops: OpTable) -> Iterator[Case]:
 SWEPT_DECODES = ((64, 4096), (1, 65536), (64, 640), (256, 640), (16, 32768))
 """By 16 heads; by 128 heads, which are bound by compute, the first three."""
 DECODE_CANDIDATES = {
-    # 92 KiB of shared memory are two programs a processor, 128 and 165 KiB are one; none of these spills registers.
+    # Two stages more are one block of latents more on its way: 5 are one beside the block that is computed with, 7 two, 9 three.
+    # 92 and 109 KiB of shared memory are two programs a processor, 128 to 200 KiB are one; none of these spills registers.
     16: (
         DecodeConfig(16, 32, 4, 5, 2, 4),
         DecodeConfig(16, 32, 4, 5, 2, 8),
         DecodeConfig(16, 32, 8, 5, 2, 4),
         DecodeConfig(16, 32, 8, 7, 1, 4),
+        DecodeConfig(16, 32, 8, 9, 1, 4),
+        DecodeConfig(16, 32, 8, 11, 1, 4),
+        DecodeConfig(16, 32, 4, 11, 1, 8),
+        DecodeConfig(16, 16, 4, 10, 2, 16),
+        DecodeConfig(16, 16, 4, 12, 2, 16),
         DecodeConfig(16, 64, 4, 2, 2, 2),
         DecodeConfig(16, 64, 8, 5, 1, 4),
         DecodeConfig(16, 64, 8, 5, 2, 4),
