@@ -87,6 +87,35 @@ def test_steps(is_new_dense, make_batch, tolerances, monkeypatch) -> None:
     assert calls == ["prefill", *together, "dense", "prefill", "dense", "prefill"]
 
 
+def test_few_tokens_after_long_prefixes(make_batch, tolerances, monkeypatch) -> None:
+    """Taken for decodes that share their prefix, beside decodes and other chunks, layer after layer."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
+    from light_sdk.ops import runs
+    from light_sdk.ops.attention import hopper
+
+    monkeypatch.setattr(runs, "FEW_QUERIES", 6)
+    monkeypatch.setattr(runs, "LEAST_PREFIX", 50)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    counts, decode_attention = [], hopper.decode_attention
+
+    def watched(out, q, k_cache, v_cache, step, *rest) -> None:
+        counts.append((step.num_decodes, step.shared_prefixes is not None))
+        decode_attention(out, q, k_cache, v_cache, step, *rest)
+
+    monkeypatch.setattr(hopper, "decode_attention", watched)
+    prefills = [(3, 3), (200, 6), (9, 9), (75, 1), (140, 7)]
+    batch = make_batch([7, 90], prefills, (6, 2, 16))
+    batch.step.prefill_lens = tuple((query_len, seq_len) for seq_len, query_len in prefills)
+    expected = torch.full_like(batch.out, float("nan"))
+    reference.attention(expected, *batch.arguments[1:], 0.3)
+    for _ in range(2):
+        batch.out.fill_(float("nan"))
+        hopper.attention(*batch.arguments, 0.3)
+        torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+    assert counts == [(2, False), (6, True), (1, True)] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -95,6 +124,7 @@ def test_steps(is_new_dense, make_batch, tolerances, monkeypatch) -> None:
         [(2048, 2048)],
         [(2100, 2100), (300, 300), (4096, 4096)],
         [(9000, 2048), (40, 3)],
+        [(9000, 40), (20000, 1), (5000, 64), (4200, 64)],
         [(20000, 600), (8700, 256), (17, 17)],
         [(513, 513), (3001, 2777)],
         [(1024, 1024), (1024, 1024), (300, 300), (2048, 2048), (512, 512)],

@@ -130,6 +130,34 @@ def test_steps(mix, padding, make_latents, tolerances, monkeypatch) -> None:
     assert launches.count("short") <= 1, "short chunks are one launch, wherever they lie"
 
 
+@pytest.mark.usefixtures("interpreter")
+def test_few_tokens_after_long_prefixes(make_latents, tolerances, monkeypatch) -> None:
+    """Taken for decodes that share their prefix, beside decodes and other chunks, layer after layer."""
+    from light_sdk.ops import runs
+    from light_sdk.ops.mla_attention import hopper
+
+    monkeypatch.setattr(runs, "FEW_QUERIES", 6)
+    monkeypatch.setattr(runs, "LEAST_PREFIX", 50)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    counts, decode_attention = [], hopper.decode_attention
+
+    def watched(out, q, cache, kv_b, step, *rest) -> None:
+        counts.append((step.num_decodes, step.shared_prefixes is not None))
+        decode_attention(out, q, cache, kv_b, step, *rest)
+
+    monkeypatch.setattr(hopper, "decode_attention", watched)
+    prefills = [(3, 3), (200, 6), (9, 9), (75, 1), (140, 7)]
+    batch = make_latents([7, 90], prefills, (2, 24, 12, 6, 20))
+    batch.step = replace(batch.step, prefill_lens=tuple((query_len, seq_len) for seq_len, query_len in prefills))
+    expected = torch.full_like(batch.out, float("nan"))
+    reference.mla_attention(expected, *batch.arguments[1:], 0.3)
+    for _ in range(2):
+        batch.out.fill_(float("nan"))
+        hopper.mla_attention(*batch.arguments, 0.3)
+        torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+    assert counts == [(2, False), (6, True), (1, True)] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "prefills",
@@ -140,6 +168,7 @@ def test_steps(mix, padding, make_latents, tolerances, monkeypatch) -> None:
         [(2500, 2500), (9000, 700)],
         [(8192, 2048)],
         [(4096, 1024), (300, 40)],
+        [(9000, 40), (20000, 1), (5000, 64), (4200, 64)],
         [(17, 17), (2048, 2048), (900, 100), (1024, 1024), (9000, 700), (20000, 30), (300, 300)],
     ],
     ids=str,

@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from light_sdk.ops import runs as runs_module
 from light_sdk.ops.attention import dense
 from light_sdk.ops.mla_attention import dense as latent_dense
-from light_sdk.ops.runs import Run, plan_runs, runs_of
+from light_sdk.ops.runs import Run, as_decodes, plan_runs, runs_of
 
 BUCKET = 8
 
@@ -79,3 +80,43 @@ def test_all_is_short(lens, make_batch, monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: not lens)
     step = replace(make_batch([3], [(30, 20), (7, 7)], (1, 1, 16)).step, prefill_lens=lens)
     assert runs_of(step, "an op", lambda *lens: True, BUCKET) == [Run("short", 1, 3, 1, 28)]
+
+
+FEW = [(3, 30), (2, 40), (4, 30), (3, 10), (24, 40), (1, 25)]
+"""Chunks of which the first two and the last are of few tokens after a long prefix, if that is three after twenty."""
+
+
+@pytest.fixture
+def small_few(monkeypatch) -> None:
+    monkeypatch.setattr(runs_module, "FEW_QUERIES", 3)
+    monkeypatch.setattr(runs_module, "LEAST_PREFIX", 20)
+
+
+@pytest.mark.usefixtures("small_few")
+def test_few_tokens_after_a_long_prefix_are_runs_of_their_own() -> None:
+    few = [Run("few", 0, 1, 0, 3, 30), Run("few", 1, 2, 3, 5, 40), Run("few", 5, 6, 36, 37, 25)]
+    others = [Run("short", 2, 4, 5, 12), Run("chunk", 4, 5, 12, 36, 40)]
+    assert plan_runs(FEW, 0, lambda query_len, seq_len: query_len > 20, None, may_share=True) == [*few[:2], *others, few[2]]
+    assert "few" not in {run.kind for run in plan_runs(FEW, 0, is_long, None)}, "as long as the op has no kernel for them"
+
+
+@pytest.mark.usefixtures("small_few")
+@pytest.mark.parametrize("count", [runs_module.MOST_FEW, runs_module.MOST_FEW + 1])
+def test_many_of_few_tokens_fill_the_gpu_together(count, make_batch, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    step = make_batch([3], [(30, 2)] * count, (1, 1, 16)).step
+    step = replace(step, prefill_lens=((2, 30),) * count)
+    kinds = [run.kind for run in runs_of(step, "an op", lambda *lens: False, BUCKET, may_share=True)]
+    assert kinds == (["few"] * count if count == runs_module.MOST_FEW else ["short"])
+
+
+def test_a_chunk_as_decodes(make_batch) -> None:
+    """Each token is a decode that sees the prefix, the tokens of the chunk before it and itself."""
+    step = make_batch([7, 5], [(9, 9), (40, 3)], (1, 1, 16)).step
+    run = Run("few", 3, 4, 11, 14, 40)
+    decodes = as_decodes(step, run)
+    assert (decodes.num_decodes, decodes.num_tokens, decodes.num_seqs, decodes.max_seq_len) == (3, 3, 3, 40)
+    assert decodes.seq_lens.tolist() == [38, 39, 40] and decodes.rows.tolist() == step.rows[3:].tolist() * 3
+    assert decodes.positions.tolist() == step.positions[11:14].tolist() == [37, 38, 39]
+    assert decodes.shared_prefixes.tolist() == [[0, 1, 2], [37, 37, 37], [0, 1, 2]]
+    assert as_decodes(step, run) is decodes, "every layer has the same, and what layers share in it"

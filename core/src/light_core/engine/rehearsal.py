@@ -92,6 +92,8 @@ class Rehearsal:
         limits = self._limits
         for count, num_prompt_tokens in _mixed_sizes(limits.max_num_seqs, limits.max_num_batched_tokens):
             yield f"{count} decodes and {num_prompt_tokens} tokens of a prompt", partial(runner.mixed_padding, count, num_prompt_tokens)
+        few = min(FEW_PROMPT_TOKENS, limits.max_num_batched_tokens)
+        yield f"{few} tokens after a long prefix", partial(runner.mixed_padding, 0, few, is_prefix_long=True)
         max_len = min(limits.max_model_len, max(FIRST_PROMPTS) + MAX_OUTPUT)
         scheduler = Scheduler(
             num_slots=NUM_SLOTS,

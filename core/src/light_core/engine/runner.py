@@ -236,9 +236,10 @@ class ModelRunner:
         return self._forward(self._padding_prompts(size))
 
     @torch.inference_mode()
-    def mixed_padding(self, num_decodes: int, num_prompt_tokens: int) -> torch.Tensor:
-        """Logits of a step of padding: decodes, and a prompt that goes on after a short prefix. A token of each is wanted."""
-        step = self._padding_prompts(num_decodes + num_prompt_tokens, MIXED_PREFIX, num_decodes)
+    def mixed_padding(self, num_decodes: int, num_prompt_tokens: int, is_prefix_long: bool = False) -> torch.Tensor:
+        """Logits of a step of padding: decodes, and a prompt that goes on after a prefix. A token of each is wanted."""
+        prefix = PROFILED_PREFIX if is_prefix_long else MIXED_PREFIX
+        step = self._padding_prompts(num_decodes + num_prompt_tokens, prefix, num_decodes)
         step.logits_rows = step.cu_seqlens_q[1:].long() - 1
         wanted = wanted_step(step, self._arange[: len(step.logits_rows)].long()) if self._narrows else None
         return self._forward(step, wanted)

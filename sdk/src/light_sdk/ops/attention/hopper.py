@@ -1,4 +1,5 @@
-"""`attention` for Hopper: long prefill chunks by cuDNN (`dense.py`), everything else by Triton as in `kernel.py`."""
+"""`attention` for Hopper: long prefill chunks by cuDNN (`dense.py`), few tokens after a long prefix as decodes that share it,
+everything else by Triton as in `kernel.py`."""
 
 import torch
 
@@ -6,8 +7,8 @@ from light_core.types import Step
 from light_sdk.ops.attention.decode import decode_attention
 from light_sdk.ops.attention.dense import BUCKET, dense_attention, is_worthwhile, prompts_attention, request_slots
 from light_sdk.ops.attention.prefill import prefill_attention
-from light_sdk.ops.attention.tuning import decode_config, prefill_config
-from light_sdk.ops.runs import runs_of
+from light_sdk.ops.attention.tuning import decode_config, prefill_config, prefix_config
+from light_sdk.ops.runs import as_decodes, runs_of
 
 __all__ = ["attention"]
 
@@ -31,16 +32,20 @@ def attention(
     if step.num_decodes:
         decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, decode_config(q_THD))
     is_new_dense = k_TKD is not None and v_TKD is not None
-    for run in runs_of(step, "attention", is_worthwhile, BUCKET if is_new_dense else None):
+    may_share = prefix_config(q_THD).block_m >= 2 * (q_THD.shape[1] // k_cache_SKD.shape[1])
+    for run in runs_of(step, "attention", is_worthwhile, BUCKET if is_new_dense else None, may_share):
         if run.kind == "short":
             config = prefill_config(q_THD)
             prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end, k_TKD, v_TKD)
             continue
         tokens = slice(run.begin, run.stop)
+        out, q = out_THD[tokens], q_THD[tokens]
         k, v = (k_TKD[tokens], v_TKD[tokens]) if k_TKD is not None and v_TKD is not None else (None, None)
         if run.kind == "prompts":
             assert k is not None and v is not None
-            prompts_attention(out_THD[tokens], q_THD[tokens], k, v, run.end - run.first, scale)
+            prompts_attention(out, q, k, v, run.end - run.first, scale)
+        elif run.kind == "few":
+            decode_attention(out, q, k_cache_SKD, v_cache_SKD, as_decodes(step, run), scale, None, None, decode_config(q_THD))
         else:
             slots = request_slots(step, run.first, run.seq_len)
-            dense_attention(out_THD[tokens], q_THD[tokens], k_cache_SKD, v_cache_SKD, slots, scale, k, v)
+            dense_attention(out, q, k_cache_SKD, v_cache_SKD, slots, scale, k, v)
