@@ -4,13 +4,25 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from light_core.types import Step
+from light_sdk.ops import runs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """Kernels run on the CPU, where there is no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
+    if not INTERPRETED:
+        pytest.fail("triton was imported before sdk/tests/conftest.py could choose the interpreter: set TRITON_INTERPRET=1")
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -18,10 +30,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a Triton kernel runs: interpreted on the CPU where there is no GPU, compiled where there is one."""
     if request.param == "cuda":
         return torch.device("cuda")
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
-    if not INTERPRETED:
-        pytest.fail("triton was imported before sdk/tests/conftest.py could choose the interpreter: set TRITON_INTERPRET=1")
+    request.getfixturevalue("interpreter")
     return torch.device("cpu")
 
 
@@ -149,3 +158,26 @@ def make_latents() -> Callable[..., LatentBatch]:
         return LatentBatch(batch.step, out, q.to(device, dtype), batch.k_cache[:, 0], kv_b.to(device, dtype))
 
     return make
+
+
+@pytest.fixture
+def watch_few(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], list[tuple[int, bool]]]:
+    """Makes six tokens after fifty few ones after a long prefix. Called with an op's module for Hopper, it gives a list that grows with
+    each call of its kernels for decodes: how many, and whether they share a prefix."""
+    monkeypatch.setattr(runs, "FEW_QUERIES", 6)
+    monkeypatch.setattr(runs, "LEAST_PREFIX", 50)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+    def watch(hopper: ModuleType) -> list[tuple[int, bool]]:
+        calls: list[tuple[int, bool]] = []
+        decode_attention = hopper.decode_attention
+
+        def watched(*given: Any) -> None:
+            (step,) = (one for one in given if isinstance(one, Step))
+            calls.append((step.num_decodes, step.shared_prefixes is not None))
+            decode_attention(*given)
+
+        monkeypatch.setattr(hopper, "decode_attention", watched)
+        return calls
+
+    return watch

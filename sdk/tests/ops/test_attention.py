@@ -367,14 +367,13 @@ def test_pool_beyond_int32(make_batch, tolerances) -> None:
     check_kernel(batch, tolerances(torch.bfloat16), 0.1)
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("heads", [MHA, GQA, (3, 3, 80)], ids=str)
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("config", [PrefillConfig(16, 16, 1, 1), PrefillConfig(64, 32, 4, 2)], ids=str)
 @pytest.mark.parametrize("mix", ["empty prefix", "cached prefix", "mixed"])
 def test_keys_of_the_step_itself(heads, alibi, config, mix, make_batch, tolerances) -> None:
     """Read where they lie, and from nowhere else: the pool has NaN in their place."""
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
     from light_sdk.ops.attention.prefill import prefill_attention
 
     batch = make_batch(*MIXES[mix], heads)

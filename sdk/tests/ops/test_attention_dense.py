@@ -56,11 +56,10 @@ def test_lengths_worth_it() -> None:
     assert not is_worthwhile(1024, 1024) and not is_worthwhile(1, 131072) and not is_worthwhile(256, 1024)
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("is_new_dense", [False, True])
 def test_steps(is_new_dense, make_batch, tolerances, monkeypatch) -> None:
     """The op with plain torch in the place of cuDNN: prompts together, chunks after prefixes, short ones between and behind them."""
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
     from light_sdk.ops.attention import hopper
 
     for module, name, value in ((dense, "BUCKET", 8), (hopper, "BUCKET", 8), (dense, "LEAST_QUERIES", 8), (dense, "LEAST_PAIRS", 100)):
@@ -87,23 +86,11 @@ def test_steps(is_new_dense, make_batch, tolerances, monkeypatch) -> None:
     assert calls == ["prefill", *together, "dense", "prefill", "dense", "prefill"]
 
 
-def test_few_tokens_after_long_prefixes(make_batch, tolerances, monkeypatch) -> None:
+def test_few_tokens_after_long_prefixes(make_batch, tolerances, watch_few) -> None:
     """Taken for decodes that share their prefix, beside decodes and other chunks, layer after layer."""
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
-    from light_sdk.ops import runs
     from light_sdk.ops.attention import hopper
 
-    monkeypatch.setattr(runs, "FEW_QUERIES", 6)
-    monkeypatch.setattr(runs, "LEAST_PREFIX", 50)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    counts, decode_attention = [], hopper.decode_attention
-
-    def watched(out, q, k_cache, v_cache, step, *rest) -> None:
-        counts.append((step.num_decodes, step.shared_prefixes is not None))
-        decode_attention(out, q, k_cache, v_cache, step, *rest)
-
-    monkeypatch.setattr(hopper, "decode_attention", watched)
+    counts = watch_few(hopper)
     prefills = [(3, 3), (200, 6), (9, 9), (75, 1), (140, 7)]
     batch = make_batch([7, 90], prefills, (6, 2, 16))
     batch.step.prefill_lens = tuple((query_len, seq_len) for seq_len, query_len in prefills)

@@ -22,13 +22,6 @@ def plain_attention(q_BTHD, k_BNHD, v_BNHO, scale, causal):
     return out.to(q_BTHD.dtype), scores.logsumexp(-1).transpose(1, 2)
 
 
-@pytest.fixture
-def interpreter() -> None:
-    """Keys are joined by a kernel, on the CPU here."""
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
-
-
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("seq_len", "query_len"), [(5, 5), (1030, 10), (1400, 600), (512, 512), (1536, 512)])
 def test_dense_chunk(seq_len, query_len, make_latents, tolerances) -> None:
@@ -130,22 +123,11 @@ def test_steps(mix, padding, make_latents, tolerances, monkeypatch) -> None:
     assert launches.count("short") <= 1, "short chunks are one launch, wherever they lie"
 
 
-@pytest.mark.usefixtures("interpreter")
-def test_few_tokens_after_long_prefixes(make_latents, tolerances, monkeypatch) -> None:
+def test_few_tokens_after_long_prefixes(make_latents, tolerances, watch_few) -> None:
     """Taken for decodes that share their prefix, beside decodes and other chunks, layer after layer."""
-    from light_sdk.ops import runs
     from light_sdk.ops.mla_attention import hopper
 
-    monkeypatch.setattr(runs, "FEW_QUERIES", 6)
-    monkeypatch.setattr(runs, "LEAST_PREFIX", 50)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    counts, decode_attention = [], hopper.decode_attention
-
-    def watched(out, q, cache, kv_b, step, *rest) -> None:
-        counts.append((step.num_decodes, step.shared_prefixes is not None))
-        decode_attention(out, q, cache, kv_b, step, *rest)
-
-    monkeypatch.setattr(hopper, "decode_attention", watched)
+    counts = watch_few(hopper)
     prefills = [(3, 3), (200, 6), (9, 9), (75, 1), (140, 7)]
     batch = make_latents([7, 90], prefills, (2, 24, 12, 6, 20))
     batch.step = replace(batch.step, prefill_lens=tuple((query_len, seq_len) for seq_len, query_len in prefills))

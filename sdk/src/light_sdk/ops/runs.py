@@ -43,10 +43,6 @@ class Run:
     stop: int
     seq_len: int = 0
 
-    def moved(self, requests: int, tokens: int) -> "Run":
-        """The same, so many requests and tokens further on."""
-        return Run(self.kind, self.first + requests, self.end + requests, self.begin + tokens, self.stop + tokens, self.seq_len)
-
 
 def is_few(query_len: int, seq_len: int) -> bool:
     """Whether a chunk of `query_len` tokens that ends at `seq_len` is better taken for decodes."""
@@ -99,8 +95,9 @@ def plan_runs(
         if are_whole and is_worthwhile(query_len, (count + 1) * query_len // 2):
             added = [Run("prompts", first, first + count, begin, begin + count * query_len)]
         elif (are_few := may_share and is_few(query_len, seq_len)) or is_worthwhile(query_len, seq_len):
-            alone = Run("few" if are_few else "chunk", first, first + 1, begin, begin + query_len, seq_len)
-            added = [alone.moved(n, n * query_len) for n in range(count)]
+            kind: Literal["few", "chunk"] = "few" if are_few else "chunk"
+            starts = [(first + n, begin + n * query_len) for n in range(count)]
+            added = [Run(kind, request, request + 1, token, token + query_len, seq_len) for request, token in starts]
         else:
             added = [Run("short", first, first + count, begin, begin + count * query_len)]
             if runs and runs[-1].kind == "short":
