@@ -88,7 +88,7 @@ def deepseek_calls(step: Step) -> Iterator[Call]:
     q_latent, sums, out = (empty(step.num_decodes, num_heads, size) for size in (rank, rank, value_dim))
     values, rope = empty(num_heads, value_dim, rank), q[: step.num_decodes]
     yield "write_latent", lambda: write_latent(q, kv, weight, 1e-6, cos_sin, True, cache, step.slots)
-    yield "attend_latents", lambda: attend_latents(sums, q_latent, rope, cache, step, 0.1, decode_config(q_latent))
+    yield "attend_latents", lambda: attend_latents(sums, q_latent, rope, cache, step, 0.1, decode_config(q_latent, step.num_decodes))
     yield "multiply_heads", lambda: multiply_heads(out, sums, values)
 
 

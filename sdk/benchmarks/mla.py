@@ -188,7 +188,7 @@ def decode_cases(ops: OpTable, num_heads: int) -> Iterator[Case]:
         name = f"{num_seqs} x {seq_len}, {num_heads} heads"
         flops = 2.0 * num_heads * (2 * RANK + ROTARY) * inputs.pairs
         if num_seqs * seq_len <= 1 << 18:
-            absorbed, config = create_absorbed(inputs), decode_config(inputs.q)
+            absorbed, config = create_absorbed(inputs), decode_config(inputs.q, inputs.step.num_decodes)
             run, expected = lambda a=absorbed, c=config: a.run(c), lambda a=absorbed: (a.expected,)
             begin_step = inputs.step.shared.clear
             yield RowCase("mla decode", name, run, (absorbed.sums,), expected, absorbed.least_bytes, flops, begin_step)
@@ -211,7 +211,7 @@ def shared_cases(num_heads: int) -> Iterator[Case]:
     """Decodes of groups, with the groups told and not. The floor of either is that of what is told."""
     for groups, members, shared, own in SHARED:
         inputs = create_latents(num_heads, groups * members, shared + own, 1, members, shared)
-        absorbed, config = create_absorbed(inputs), decode_config(inputs.q)
+        absorbed, config = create_absorbed(inputs), decode_config(inputs.q, inputs.step.num_decodes)
         flops = 2.0 * num_heads * (2 * RANK + ROTARY) * inputs.pairs
         name, told = f"{groups} x {members} x ({shared} shared + {own})", inputs.step.shared_prefixes
         want = absorbed.expected
@@ -380,22 +380,21 @@ def product_cases(ops: OpTable) -> Iterator[Case]:
 # --------------------------------------------------------------------------------------------- sweep
 
 
-SWEPT_DECODES = ((64, 4096), (1, 65536), (64, 640), (256, 640), (16, 32768))
-"""By 16 heads; by 128 heads, which are bound by compute, the first three."""
+SWEPT_DECODES = {32: ((1, 640), (32, 640), (1, 65536), (16, 32768)), 128: ((64, 640), (128, 640), (64, 4096)), 0: ((256, 640),)}
+"""Requests and their length, by the most requests that what is found for them is for; 0 for all."""
+SWEPT_FOR_MANY_HEADS = ((64, 4096), (1, 65536), (64, 640))
+"""The same for 128 heads, which are bound by compute."""
 DECODE_CANDIDATES = {
-    # Two stages more are one block of latents more on its way: 5 are one beside the block that is computed with, 7 two, 9 three.
-    # 92 and 109 KiB of shared memory are two programs a processor, 128 to 200 KiB are one; none of these spills registers.
+    # Two stages are one block of latents in shared memory, 5 are two, 7 three. Best are one program a processor that loads a block
+    # ahead, and two that wait in turns; with 7 to 12 stages all sizes took 20 to 60 % longer.
     16: (
         DecodeConfig(16, 32, 4, 5, 2, 4),
         DecodeConfig(16, 32, 4, 5, 2, 8),
         DecodeConfig(16, 32, 8, 5, 2, 4),
         DecodeConfig(16, 32, 8, 7, 1, 4),
-        DecodeConfig(16, 32, 8, 9, 1, 4),
-        DecodeConfig(16, 32, 8, 11, 1, 4),
-        DecodeConfig(16, 32, 4, 11, 1, 8),
-        DecodeConfig(16, 16, 4, 10, 2, 16),
-        DecodeConfig(16, 16, 4, 12, 2, 16),
         DecodeConfig(16, 64, 4, 2, 2, 2),
+        DecodeConfig(16, 64, 4, 2, 2, 4),
+        DecodeConfig(16, 128, 8, 2, 1, 1),
         DecodeConfig(16, 64, 8, 5, 1, 4),
         DecodeConfig(16, 64, 8, 5, 2, 4),
     ),
@@ -457,8 +456,8 @@ def try_candidates(title: str, candidates: tuple[Any, ...], trials: Iterator[Tri
     return best
 
 
-def decode_trials(num_heads: int) -> Iterator[Trial]:
-    for num_seqs, seq_len in SWEPT_DECODES[: None if num_heads == 16 else 3]:
+def decode_trials(num_heads: int, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
+    for num_seqs, seq_len in sizes:
         absorbed = create_absorbed(create_latents(num_heads, num_seqs, seq_len, 1))
         inputs = absorbed.inputs
         flops = 2.0 * num_heads * (2 * RANK + ROTARY) * inputs.pairs
@@ -543,12 +542,15 @@ def sweep(file: Path) -> None:
             content.setdefault(kind, {}).update(dict.fromkeys(keys, asdict(best)))
             file.write_text(render(content))
 
-    best = try_candidates("mla_attention decode, 16 heads", DECODE_CANDIDATES[16], decode_trials(16))
-    keep("decode", (f"16x{size}",), best)
+    best = None
+    for limit, sizes in SWEPT_DECODES.items():
+        title = "mla_attention decode, 16 heads" + (f", up to {limit} requests" if limit else "")
+        best = try_candidates(title, DECODE_CANDIDATES[16], decode_trials(16, sizes))
+        keep("decode", (f"16x{size}" + (f" to {limit}" if limit else ""),), best)
     prefix = try_candidates("shared prefixes, 16 heads", PREFIX_CANDIDATES, prefix_trials(16, best or DECODE_CANDIDATES[16][0]))
     keep("prefix", (size,), prefix)
     keep("prefill", (size,), try_candidates("mla_attention prefill, 16 heads", PREFILL_CANDIDATES, prefill_trials(16, PREFILLS[16])))
-    many = try_candidates("mla_attention decode, 128 heads", DECODE_CANDIDATES[128], decode_trials(128))
+    many = try_candidates("mla_attention decode, 128 heads", DECODE_CANDIDATES[128], decode_trials(128, SWEPT_FOR_MANY_HEADS))
     keep("decode", (f"64x{size}", f"128x{size}"), many)
     print(f"done after {time.perf_counter() - begin:.0f} s: {file}")
 

@@ -88,10 +88,9 @@ def test_prefill_trials(benchmarks) -> None:
     assert names == ["1 x 40 of 40", "1 x 8 of 40"]
 
 
-def test_decode_trials(benchmarks, monkeypatch) -> None:
+def test_decode_trials(benchmarks) -> None:
     _, mla = benchmarks
-    monkeypatch.setattr(mla, "SWEPT_DECODES", ((2, 40),))
-    (trial,) = mla.decode_trials(16)
+    (trial,) = mla.decode_trials(16, ((2, 40),))
     assert not trial.is_right()
     trial.run(DecodeConfig(16, 16, 4, 1, 1, 1))
     absorbed = trial.run.__self__

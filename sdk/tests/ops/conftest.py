@@ -166,6 +166,7 @@ def watch_few(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[M
     each call of its kernels for decodes: how many, and whether they share a prefix."""
     monkeypatch.setattr(runs, "FEW_QUERIES", 6)
     monkeypatch.setattr(runs, "LEAST_PREFIX", 50)
+    monkeypatch.setattr(runs, "LONGER", 10)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
 
     def watch(hopper: ModuleType) -> list[tuple[int, bool]]:

@@ -2,14 +2,14 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
 
 import pytest
 import torch
 
 from light_core.types import Step
-from light_sdk.ops.mla_attention import cpu, reference
+from light_sdk.ops.mla_attention import cpu, reference, tuning
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefillConfig, PrefixConfig, decode_config
 
 TINY, ODD = (4, 16, 16, 8, 16), (5, 24, 12, 6, 20)
@@ -272,4 +272,16 @@ def test_tuned_parameters_are_complete() -> None:
         for config in configs:
             blocks = [getattr(config, name) for name in ("block_h", "block_m", "block_n", "num_warps") if hasattr(config, name)]
             assert all(value & (value - 1) == 0 for value in blocks)
-    assert decode_config(torch.empty(1, 20, 192, dtype=torch.bfloat16)) == DecodeConfig(**files["default.json"]["decode"]["32x2"])
+    assert decode_config(torch.empty(1, 20, 192, dtype=torch.bfloat16), 1) == DecodeConfig(**files["default.json"]["decode"]["32x2"])
+
+
+def test_few_decodes_have_parameters_of_their_own(monkeypatch) -> None:
+    """Those of the least number that is not below theirs; other heads and what is above them all have the plain ones."""
+    few, some, many = (DecodeConfig(16, 32, 4, 2, waves, 4) for waves in (1, 2, 3))
+    entries = {"16x2 to 64": asdict(some), "16x2": asdict(many), "16x2 to 8": asdict(few), "32x2": asdict(many)}
+    monkeypatch.setattr(tuning, "read_configs", lambda package, name: {"decode": entries})
+    monkeypatch.setattr(tuning, "tuned_parameters", lambda package, name, path, use: entries[path[1]])
+    monkeypatch.setattr(tuning, "_decode_config", tuning._decode_config.__wrapped__)
+    queries = {heads: torch.empty(1, heads, 192, dtype=torch.bfloat16) for heads in (16, 32)}
+    assert [decode_config(queries[16], count) for count in (1, 8, 9, 64, 65)] == [few, few, some, some, many]
+    assert decode_config(queries[32], 1) == many

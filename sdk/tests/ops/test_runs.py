@@ -10,7 +10,7 @@ import torch
 from light_sdk.ops import runs as runs_module
 from light_sdk.ops.attention import dense
 from light_sdk.ops.mla_attention import dense as latent_dense
-from light_sdk.ops.runs import Run, as_decodes, plan_runs, runs_of
+from light_sdk.ops.runs import Run, as_decodes, find_few, plan_runs, runs_of
 
 BUCKET = 8
 
@@ -90,6 +90,7 @@ FEW = [(3, 30), (2, 40), (4, 30), (3, 10), (24, 40), (1, 25)]
 def small_few(monkeypatch) -> None:
     monkeypatch.setattr(runs_module, "FEW_QUERIES", 3)
     monkeypatch.setattr(runs_module, "LEAST_PREFIX", 20)
+    monkeypatch.setattr(runs_module, "LONGER", 2)
 
 
 @pytest.mark.usefixtures("small_few")
@@ -98,6 +99,16 @@ def test_few_tokens_after_a_long_prefix_are_runs_of_their_own() -> None:
     others = [Run("short", 2, 4, 5, 12), Run("chunk", 4, 5, 12, 36, 40)]
     assert plan_runs(FEW, 0, lambda query_len, seq_len: query_len > 20, None, may_share=True) == [*few[:2], *others, few[2]]
     assert "few" not in {run.kind for run in plan_runs(FEW, 0, is_long, None)}, "as long as the op has no kernel for them"
+
+
+@pytest.mark.usefixtures("small_few")
+def test_the_more_of_few_tokens_the_longer_their_prefix() -> None:
+    """A prefix of 21 is long enough alone, and not beside another; chunks that are no candidates do not count."""
+    others = [(9, 40), (3, 10)]
+    assert find_few([(1, 22), *others]) == {(1, 22)}
+    assert find_few([(1, 22), (3, 40), *others]) == {(3, 40)}
+    assert find_few([(1, 23), (3, 40), *others]) == {(1, 23), (3, 40)}
+    assert find_few(others) == set()
 
 
 @pytest.mark.usefixtures("small_few")

@@ -16,12 +16,13 @@ import torch
 
 from light_core.types import Step
 
-__all__ = ["Run", "as_decodes", "is_few", "plan_runs", "runs_of"]
+__all__ = ["Run", "as_decodes", "find_few", "plan_runs", "runs_of"]
 
 FEW_QUERIES, LEAST_PREFIX = 64, 4096
 """Most tokens of a chunk that are taken for decodes, and the least before it."""
-MOST_FEW = 4
-"""Such chunks of a step; more fill the GPU together."""
+MOST_FEW, LONGER = 4, 2048
+"""Such chunks of a step, and how much longer the prefixes have to be for each but the first: Triton's kernel does all chunks side by
+side, decodes are one chunk after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,11 @@ class Run:
     seq_len: int = 0
 
 
-def is_few(query_len: int, seq_len: int) -> bool:
-    """Whether a chunk of `query_len` tokens that ends at `seq_len` is better taken for decodes."""
-    return query_len <= FEW_QUERIES and seq_len - query_len >= LEAST_PREFIX
+def find_few(lens: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Which of a step's chunks are better taken for decodes, by their lengths. `lens` as `Step.prefill_lens`."""
+    short = [(query_len, seq_len) for query_len, seq_len in lens if query_len <= FEW_QUERIES and seq_len - query_len >= LEAST_PREFIX]
+    least = LEAST_PREFIX + LONGER * (len(short) - 1)
+    return {(query_len, seq_len) for query_len, seq_len in short if seq_len - query_len >= least and len(short) <= MOST_FEW}
 
 
 def runs_of(step: Step, op: str, is_worthwhile: Callable[[int, int], bool], bucket: int | None, may_share: bool = False) -> list[Run]:
@@ -61,7 +64,6 @@ def runs_of(step: Step, op: str, is_worthwhile: Callable[[int, int], bool], buck
     key = f"light_sdk.{op}.runs {bucket} {may_share}"
     if key not in step.shared:
         if step.prefill_lens and torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
-            may_share = may_share and sum(is_few(*lens) for lens in step.prefill_lens) <= MOST_FEW
             step.shared[key] = plan_runs(step.prefill_lens, step.num_decodes, is_worthwhile, bucket, may_share)
         else:
             step.shared[key] = [Run("short", step.num_decodes, step.num_seqs, step.num_decodes, step.num_tokens)]
@@ -87,6 +89,7 @@ def plan_runs(
         may_share: whether chunks of few tokens after a long prefix are runs of their own.
     """
     runs: list[Run] = []
+    few = find_few(lens) if may_share else set()
     first = begin = num_decodes
     for (query_len, seq_len), group in groupby(lens):
         count = len(list(group))
@@ -94,8 +97,8 @@ def plan_runs(
         # Several together fill the GPU as one that is as long as they are.
         if are_whole and is_worthwhile(query_len, (count + 1) * query_len // 2):
             added = [Run("prompts", first, first + count, begin, begin + count * query_len)]
-        elif (are_few := may_share and is_few(query_len, seq_len)) or is_worthwhile(query_len, seq_len):
-            kind: Literal["few", "chunk"] = "few" if are_few else "chunk"
+        elif (query_len, seq_len) in few or is_worthwhile(query_len, seq_len):
+            kind: Literal["few", "chunk"] = "few" if (query_len, seq_len) in few else "chunk"
             starts = [(first + n, begin + n * query_len) for n in range(count)]
             added = [Run(kind, request, request + 1, token, token + query_len, seq_len) for request, token in starts]
         else:

@@ -39,7 +39,8 @@ def latent_attention(
             q_latent_THL, q_THD, kv_TC, weight_L, eps, cos_sin_TR, interleaved, latent_cache_SC, step.slots, kv_b_HXL[:, :key_dim]
         )
         sums_THL = torch.empty_like(q_latent_THL)
-        attend_latents(sums_THL, q_latent_THL, q_THD[..., key_dim:], latent_cache_SC, step, scale, decode_config(q_THD))
+        config = decode_config(q_THD, step.num_decodes)
+        attend_latents(sums_THL, q_latent_THL, q_THD[..., key_dim:], latent_cache_SC, step, scale, config)
         multiply_heads(out_THO, sums_THL, kv_b_HXL[:, key_dim:])
         return
     write_latent(q_THD[..., key_dim:], kv_TC, weight_L, eps, cos_sin_TR, interleaved, latent_cache_SC, step.slots)

@@ -27,7 +27,7 @@ def mla_attention(
     assert q_THD.stride(-1) == out_THO.stride(-1) == latent_cache_SC.stride(-1) == step.slot_table.stride(-1) == 1
     assert kv_b_HXL.is_contiguous()
     if step.num_decodes:
-        decode_attention(out_THO, q_THD, latent_cache_SC, kv_b_HXL, step, scale, decode_config(q_THD))
+        decode_attention(out_THO, q_THD, latent_cache_SC, kv_b_HXL, step, scale, decode_config(q_THD, step.num_decodes))
     runs = runs_of(step, "mla_attention", is_worthwhile, BUCKET, prefix_config(q_THD).block_m >= 2 * q_THD.shape[1])
     for run in runs:
         tokens = slice(run.begin, run.stop)
@@ -39,7 +39,8 @@ def mla_attention(
             dense_attention(out_THO[tokens], q_THD[tokens], latent_cache_SC, kv_b_HXL, slots, scale, piece_len)
         elif run.kind == "few":
             few = as_decodes(step, run)
-            decode_attention(out_THO[tokens], q_THD[tokens], latent_cache_SC, kv_b_HXL, few, scale, decode_config(q_THD))
+            config = decode_config(q_THD, few.num_decodes)
+            decode_attention(out_THO[tokens], q_THD[tokens], latent_cache_SC, kv_b_HXL, few, scale, config)
     short = tuple((run.first, run.end) for run in runs if run.kind == "short")
     if short:
         prefill_attention(out_THO, q_THD, latent_cache_SC, kv_b_HXL, step, scale, prefill_config(q_THD), spans=short)

@@ -27,6 +27,6 @@ def mla_attention(
     assert q_THD.stride(-1) == out_THO.stride(-1) == latent_cache_SC.stride(-1) == step.slot_table.stride(-1) == 1
     assert kv_b_HXL.is_contiguous()
     if step.num_decodes:
-        decode_attention(out_THO, q_THD, latent_cache_SC, kv_b_HXL, step, scale, decode_config(q_THD))
+        decode_attention(out_THO, q_THD, latent_cache_SC, kv_b_HXL, step, scale, decode_config(q_THD, step.num_decodes))
     if step.num_seqs > step.num_decodes:
         prefill_attention(out_THO, q_THD, latent_cache_SC, kv_b_HXL, step, scale, prefill_config(q_THD))

@@ -1,7 +1,8 @@
 """Launch parameters of the latent-attention kernels: data files in `configs/`, named by GPU, read once.
 
 A file maps "decode" to parameters by "{heads}x{bytes}", the heads rounded up to a power of two from 16 to 128 and the
-size of an element, and "prefill" and "prefix" by the size of an element. `default.json` has every key, chosen to fit the smallest
+size of an element, and, where few decodes want others, by "{heads}x{bytes} to {decodes}" as well; it maps "prefill" and
+"prefix" by the size of an element. `default.json` has every key, chosen to fit the smallest
 shared memory of compute capability 8 (99 KiB); what a GPU's own file lacks comes from there.
 `sdk/benchmarks/mla.py --sweep` finds them.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from light_sdk.ops.tuning import device_name, next_power_of_2, tuned_parameters
+from light_sdk.ops.tuning import device_name, next_power_of_2, read_configs, tuned_parameters
 
 __all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config"]
 
@@ -78,10 +79,10 @@ class PrefixConfig:
     min_blocks: int
 
 
-def decode_config(q_THD: torch.Tensor) -> DecodeConfig:
-    """Parameters for queries like `q_THD` on its device."""
+def decode_config(q_THD: torch.Tensor, num_decodes: int) -> DecodeConfig:
+    """Parameters for so many decodes with queries like `q_THD` on its device."""
     heads = min(max(next_power_of_2(q_THD.shape[1]), FEWEST_HEADS), MOST_HEADS)
-    return _decode_config(device_name(q_THD.device), f"{heads}x{q_THD.element_size()}")
+    return _decode_config(device_name(q_THD.device), f"{heads}x{q_THD.element_size()}", num_decodes)
 
 
 def prefill_config(q_THD: torch.Tensor) -> PrefillConfig:
@@ -95,7 +96,10 @@ def prefix_config(q_THD: torch.Tensor) -> PrefixConfig:
 
 
 @functools.cache
-def _decode_config(name: str, key: str) -> DecodeConfig:
+def _decode_config(name: str, key: str, num_decodes: int) -> DecodeConfig:
+    limits = [int(entry.split()[-1]) for entry in read_configs(PACKAGE, name).get("decode", {}) if entry.startswith(f"{key} to ")]
+    if fitting := [limit for limit in limits if num_decodes <= limit]:
+        key = f"{key} to {min(fitting)}"
     return DecodeConfig(**_parameters(name, "decode", key))
 
 
