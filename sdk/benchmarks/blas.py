@@ -3,7 +3,8 @@
 Tried are all algorithms that cuBLAS suggests for any of many shapes, on every product: what it suggests for a shape is
 often not the fastest that it has. Each is compared with a product in float64 first. Copies of the weight take turns, so
 that none is found in L2. The best few then run for longer, beside torch's product and in turns with it, as a card that is
-at its power limit is slower than one that has rested.
+at its power limit is slower than one that has rested. `--seconds 2` lets each run for so long that the limit decides: then
+what takes least energy is fastest, and both are said (energy where `pynvml` is installed).
 
 What is faster than torch's by more than `LEAST_GAIN` is written to FILE, under "blas", beside what FILE has:
 `sdk/src/light_sdk/ops/linear/configs/<GPU name with dashes>.json`; else "blas", torch's own. From `onto.LEAST_TOKENS` on,
@@ -13,10 +14,11 @@ products that a model adds to its residual have an entry under "onto" too.
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,42 @@ ADDED = ("out", "down")
 MAX_COPIES, COPIED_BYTES = 24, 2_000_000_000
 FINALISTS, ROUNDS = 6, 3
 BURST_S, RUN_S = 0.4e-3, 0.1
-"""How long an algorithm runs at first, and a finalist in each round."""
+"""How long an algorithm runs at first, and, if not told otherwise, a finalist in each round."""
+LEAST_METERED_S = 0.5
+"""The card's meter moves every tenth of a second or so."""
 LEAST_GAIN = 0.012
 TOLERANCE = 2e-2
 AHEAD_CYCLES = 400_000
 """The device waits for so long before calls that are timed, so that it does not wait for the host between them."""
 
 Run = Callable[[torch.Tensor], object]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a call: seconds, and joules, which are NaN where the card's meter cannot be read or the run was shorter than its steps."""
+
+    seconds: float
+    joules: float
+
+
+def energy() -> float:
+    """Joules that the current card has taken since its driver was loaded; NaN where they cannot be read."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    except Exception:  # no module, no such device, no meter
+        return math.nan
+
+
+def cost(run: Run, weights: Sequence[torch.Tensor], calls: int) -> Cost:
+    """Of one of `calls` calls in a row."""
+    before = energy()
+    seconds = elapsed(run, weights, calls, ahead=True)
+    return Cost(seconds, (energy() - before) / calls if seconds * calls >= LEAST_METERED_S else math.nan)
 
 
 def candidates(models: Sequence[str]) -> list[Algorithm]:
@@ -69,8 +100,8 @@ def copies(n: int, k: int) -> list[torch.Tensor]:
     return [random(n, k) * k**-0.5 for _ in range(max(1, min(MAX_COPIES, COPIED_BYTES // (n * k * 2))))]
 
 
-def times(tried: Sequence[Algorithm], n: int, k: int, tokens: int, adds: bool) -> dict[Algorithm | None, float]:
-    """Seconds of the finalists and of torch's product, which is None."""
+def costs(tried: Sequence[Algorithm], n: int, k: int, tokens: int, adds: bool, run_s: float = RUN_S) -> dict[Algorithm | None, Cost]:
+    """What the finalists and torch's product, which is None, take; the median of `ROUNDS` runs of `run_s` seconds each."""
     weights = copies(n, k)
     x, out = random(tokens, k), torch.zeros(tokens, n, dtype=torch.bfloat16, device="cuda")
     expected = (x.double() @ weights[0].double().T).float()
@@ -98,24 +129,27 @@ def times(tried: Sequence[Algorithm], n: int, k: int, tokens: int, adds: bool) -
         first[algorithm] = elapsed(run, weights, max(2, min(8, int(BURST_S / least))), ahead=True)
         runs[algorithm] = run
     best = sorted(first, key=lambda algorithm: first[algorithm])[:FINALISTS]
-    rounds: dict[Algorithm | None, list[float]] = {name: [] for name in (None, *best)}
+    rounds: dict[Algorithm | None, list[Cost]] = {name: [] for name in (None, *best)}
     for _ in range(ROUNDS):
-        for name, seconds in rounds.items():
+        for name, found in rounds.items():
             out.zero_()
-            seconds.append(elapsed(runs[name], weights, max(2, int(RUN_S / least)), ahead=True))
-    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
+            found.append(cost(runs[name], weights, max(2, int(run_s / least))))
+    return {
+        name: Cost(statistics.median(one.seconds for one in found), statistics.median(one.joules for one in found))
+        for name, found in rounds.items()
+    }
 
 
-def entry(found: Mapping[Algorithm | None, float]) -> Any:
+def entry(found: Mapping[Algorithm | None, Cost]) -> Any:
     """The best, as it stands in a data file: without what is as ever; "blas" where torch's product is as good."""
-    best = min(found, key=lambda algorithm: found[algorithm])
-    if best is None or found[best] > (1 - LEAST_GAIN) * found[None]:
+    best = min(found, key=lambda algorithm: found[algorithm].seconds)
+    if best is None or found[best].seconds > (1 - LEAST_GAIN) * found[None].seconds:
         return "blas"
     usual = asdict(Algorithm(0, 0))
     return {name: value for name, value in asdict(best).items() if value != usual[name]}
 
 
-def sweep(models: Sequence[str], tokens: Sequence[int], file: Path) -> None:
+def sweep(models: Sequence[str], tokens: Sequence[int], file: Path, run_s: float = RUN_S) -> None:
     """Tries all on all, and writes what is best as soon as it is known."""
     content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if content.get("blas", {}).get("version") != version():
@@ -125,14 +159,18 @@ def sweep(models: Sequence[str], tokens: Sequence[int], file: Path) -> None:
     for count, model in itertools.product(tokens, models):
         for name, (n, k) in MODELS[model].items():
             for adds in (False, True) if name in ADDED and count >= LEAST_TOKENS else (False,):
-                found = times(tried, n, k, count, adds)
-                best = min(seconds for algorithm, seconds in found.items() if algorithm is not None)
+                found = costs(tried, n, k, count, adds, run_s)
+                best = min(one.seconds for algorithm, one in found.items() if algorithm is not None)
                 rate = max(2.0 * n * k / best / BANDWIDTH, 2.0 * n * k * count / best / FLOPS)
+                by_torch = found[None].seconds
                 print(
-                    f"{model} {name}{' added' if adds else ''}, {count} tokens: torch {found[None] * 1e6:.1f}, {best * 1e6:.1f} us,",
-                    end=" ",
+                    f"{model} {name}{' added' if adds else ''}, {count} tokens: torch {by_torch * 1e6:.1f}, {best * 1e6:.1f} us,", end=" "
                 )
-                print(f"{best / found[None]:.3f}, {rate:.0%} of the roofline: {entry(found)}", flush=True)
+                print(f"{best / by_torch:.3f}, {rate:.0%} of the roofline: {entry(found)}", flush=True)
+                if run_s >= LEAST_METERED_S:
+                    for algorithm, one in sorted(found.items(), key=lambda pair: pair[1].seconds):
+                        power = one.joules / one.seconds
+                        print(f"  {one.seconds * 1e6:8.1f} us {one.joules * 1e3:8.2f} mJ {power:5.0f} W  {algorithm or 'torch'}")
                 entries = content["blas"]["onto" if adds else "plain"].setdefault(f"{n}x{k}", {})
                 entries[str(count)] = entry(found)
                 file.write_text(json.dumps(content, indent=2) + "\n")
@@ -143,9 +181,10 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-3.1-8b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N")
+    parser.add_argument("--seconds", type=float, default=RUN_S, metavar="S", help="how long a finalist runs in each round")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    sweep(arguments.models, arguments.tokens, arguments.file)
+    sweep(arguments.models, arguments.tokens, arguments.file, arguments.seconds)
 
 
 if __name__ == "__main__":
