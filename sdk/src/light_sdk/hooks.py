@@ -80,6 +80,8 @@ def light_register_kernels(registry: KernelRegistry) -> None:
     packed = "light_sdk.ops.linear.cpu:linear"
     registry.kernel(Kernel("linear", "onednn", packed, ("cpu",), dtypes=("float32",), accepts=_accepts_packing))
     registry.kernel(Kernel("linear", "onednn-bf16", packed, ("cpu",), dtypes=("bfloat16",), accepts=_accepts_packing_bfloat16))
+    few = "light_sdk.ops.linear.compiled:linear"
+    registry.kernel(Kernel("linear", "numba+onednn", few, ("cpu",), dtypes=("bfloat16",), priority=10, accepts=_accepts_few_rows))
 
 
 def _accepts_packing(facts: Mapping[str, Any]) -> str | None:
@@ -98,6 +100,15 @@ def _accepts_packing_bfloat16(facts: Mapping[str, Any]) -> str | None:
     import torch
 
     return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "needs AVX-512 or AMX"
+
+
+def _accepts_few_rows(facts: Mapping[str, Any]) -> str | None:
+    """As `_accepts_packing_bfloat16`, where oneDNN was measured to read weights below the memory's rate."""
+    if refusal := _accepts_packing_bfloat16(facts):
+        return refusal
+    import torch
+
+    return None if torch.cpu._is_amx_tile_supported() else "needs AMX; elsewhere oneDNN reads as fast"
 
 
 def _accepts_dense(facts: Mapping[str, Any]) -> str | None:

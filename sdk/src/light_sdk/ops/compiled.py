@@ -20,7 +20,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-__all__ = ["ELEMENTS", "FAST", "array", "bits", "exp", "load", "rounded", "run", "store", "take"]
+__all__ = ["ELEMENTS", "FAST", "array", "bits", "exp", "load", "prefetch", "rounded", "run", "store", "take"]
 
 ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How elements of each dtype are held."""
@@ -45,6 +45,21 @@ def take(typing_context: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", builder.inttoptr(arguments[0], one.type.as_pointer()), one, "seq_cst")
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Brings the cache line at `address` near, or nothing where there is no such memory. Compiled only."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_value_type(types.int32)
+        function_type = type(builder.function.function_type)(cgutils.ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        to_read = (context.get_constant(types.int32, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], cgutils.voidptr_t), *to_read])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @njit

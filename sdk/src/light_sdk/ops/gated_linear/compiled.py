@@ -3,7 +3,7 @@
 import torch
 
 from light_sdk.ops.act_and_mul.compiled import act_and_mul
-from light_sdk.ops.linear.cpu import linear
+from light_sdk.ops.linear.compiled import linear
 
 __all__ = ["gated_linear"]
 
