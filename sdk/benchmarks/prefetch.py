@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from linear import MODELS
-from ops import DEVICE, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, random
+from ops import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, attention_inputs, random
 
 from light_core.types import Step
 from light_sdk.ops.attention.decode import decode_attention
@@ -141,26 +141,6 @@ def create_layers(tokens: int, length: int) -> list[Weights]:
     return [Weights(*four, random(4096), *pair) for four, pair in zip(products, caches, strict=True)]
 
 
-def create_step(tokens: int, length: int) -> Step:
-    places = torch.arange(tokens + 1, dtype=torch.int32, device=DEVICE)
-    lens = torch.full((tokens,), length, dtype=torch.int32, device=DEVICE)
-    table = torch.randperm(tokens * length, device=DEVICE).int().view(tokens, length)
-    return Step(
-        token_ids=places[:-1],
-        positions=lens - 1,
-        context_lens=lens,
-        slots=table[:, -1].long(),
-        cu_seqlens_q=places,
-        seq_lens=lens,
-        rows=places[:-1].contiguous(),
-        slot_table=table,
-        logits_rows=places[:-1].long(),
-        num_decodes=tokens,
-        max_query_len=1,
-        max_seq_len=length,
-    )
-
-
 def run_layers(layers: Sequence[Weights], step: Step, x: torch.Tensor, amounts: tuple[int, int, int]) -> torch.Tensor:
     """All of a layer but rotation and KV write."""
     residual, out = torch.zeros_like(x), torch.empty_like(x)
@@ -207,7 +187,7 @@ def main() -> int:
     torch.manual_seed(0)
     wrong = False
     for tokens, length in BATCHES:
-        layers, step, x = create_layers(tokens, length), create_step(tokens, length), random(tokens, 4096)
+        layers, step, x = create_layers(tokens, length), attention_inputs(tokens, length, 1).step, random(tokens, 4096)
         captured = {amounts: capture(layers, step, x, amounts) for amounts in AMOUNTS}
         times: dict[tuple[int, int, int], list[float]] = {amounts: [] for amounts in AMOUNTS}
         for _ in range(ROUNDS):

@@ -53,7 +53,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = context.get_value_type(types.int32)
-        function_type = type(builder.function.function_type)(cgutils.ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        function_type = cgutils.ir.FunctionType(cgutils.ir.VoidType(), [cgutils.voidptr_t, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
         to_read = (context.get_constant(types.int32, value) for value in (0, 3, 1))
         builder.call(function, [builder.inttoptr(arguments[0], cgutils.voidptr_t), *to_read])

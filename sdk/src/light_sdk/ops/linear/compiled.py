@@ -34,8 +34,8 @@ INPUTS, PAIRS = 32, 16
 STREAMS, AHEAD, LINE = 2, 2, 64
 """Blocks of outputs side by side, tiles, and bytes of a cache line."""
 PROBES = 4096
-_NUM_ARGUMENTS = 11
-_THREAD, _ITEM, _OUT, _X, _WEIGHT, _SCRATCH, _ROWS, _OUTPUTS, _INPUTS, _BLOCK, _ITEMS = range(_NUM_ARGUMENTS)
+_NUM_ARGUMENTS = 10
+_THREAD, _ITEM, _OUT, _X, _WEIGHT, _SCRATCH, _ROWS, _OUTPUTS, _INPUTS, _ITEMS = range(_NUM_ARGUMENTS)
 
 
 class FewRowsLinear(PackedLinear):
@@ -105,7 +105,7 @@ def product(x: torch.Tensor, weight_at: int, outputs: int, block: int) -> torch.
     scratch = torch.empty(threads * rows * STREAMS * block, dtype=torch.float32)
     addresses = out.data_ptr(), exact.data_ptr(), weight_at, scratch.data_ptr()
     items = -(-outputs // (block * STREAMS))
-    arguments = (ctypes.c_int64 * _NUM_ARGUMENTS)(0, 0, *addresses, rows, outputs, inputs, block, items)
+    arguments = (ctypes.c_int64 * _NUM_ARGUMENTS)(0, 0, *addresses, rows, outputs, inputs, items)
     run(_kernel(block).address, ctypes.addressof(arguments), threads)
     return out
 
