@@ -4,9 +4,9 @@
 
 Both sides load one folder: the model that a plugin ships as "demo", or random weights in the shape of Llama-3.2-1B,
 saved once. Rounds alternate (Light, transformers, Light, …), each with fresh random prompts, so that neither noise of
-the machine nor Light's prefix cache favours a side. With several streams the requests have unequal lengths.
-transformers runs them as static batches, padded on the left, until the longest is done; and one after the other.
-Only tokens that were asked for count. `--requests 64 --streams 16` serves 64 requests, 16 at a time.
+the machine nor Light's prefix cache favours a side. Several streams have the lengths of a workload (`mixed`), scaled down.
+transformers runs them in order of arrival, in static batches of as many, padded on the left, until the longest of a batch
+is done; and one after the other. Only tokens that were asked for count.
 
 Prints a JSON object: medians of tokens a second, the ratio of each pair of rounds as median, least and most, and which
 share of an output is the same on both sides before the first token that differs (1 in float32; in bfloat16 near-ties of
@@ -21,13 +21,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from light_core.bench.workloads import WORKLOADS, Lengths, Workload, create_requests
 from light_core.llm import LLM
 from light_core.sampling_params import SamplingParams
 
@@ -46,7 +46,9 @@ SHAPE_1B: dict[str, Any] = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
-FIRST_ORDINARY_ID = 100  # below it small vocabularies keep their special tokens
+ONE_STREAM = Lengths(72, 72)
+"""Prompt and output of a single stream, in tokens."""
+REQUESTS_A_STREAM = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,11 @@ def create_folder(model: str, dtype: str, parent: Path) -> Path:
     return folder
 
 
-def create_requests(count: int, prompt_lens: Sequence[int], output_lens: Sequence[int], vocab_size: int, seed: int) -> list[Request]:
-    """Random prompts. The lengths are spread evenly over their ranges and paired at random, the same in every round."""
-    shape = np.random.default_rng(0)
-    prompts, outputs = (shape.permutation(np.linspace(*lens, count).astype(int)) for lens in (prompt_lens, output_lens))
-    rng = np.random.default_rng(seed)
-    return [
-        Request(rng.integers(FIRST_ORDINARY_ID, vocab_size, size=prompt).tolist(), int(output)) for prompt, output in zip(prompts, outputs)
-    ]
+def choose_workload(streams: int, args: argparse.Namespace) -> Workload:
+    """What so many streams are given."""
+    if streams == 1:
+        return Workload("one stream", args.requests or 1, ONE_STREAM, ONE_STREAM)
+    return replace(WORKLOADS[args.workload], num_prompts=args.requests or REQUESTS_A_STREAM * streams, length_scale=args.length_scale)
 
 
 def run_light(llm: LLM, requests: Sequence[Request]) -> Outcome:
@@ -129,36 +128,35 @@ def load_transformers(folder: Path, dtype: str) -> Any:
 
 def compare(args: argparse.Namespace, folder: Path, dtype: str) -> list[dict[str, Any]]:
     """One record for each number of streams."""
-    llm = LLM(str(folder), dtype=dtype, device="cpu", skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=max(args.streams))
+    workloads = {streams: choose_workload(streams, args) for streams in args.streams}
+    longest = max(workload.max_len for workload in workloads.values())
+    llm = LLM(str(folder), dtype=dtype, device="cpu", skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=max(args.streams))
     network = load_transformers(folder, dtype)
     records = []
-    for streams in args.streams:
-        count = max(streams, args.requests or 0)
+    for streams, workload in workloads.items():
         sides: dict[str, Callable[[Sequence[Request]], Outcome]] = {"light": lambda requests: run_light(llm, requests)}
         sides["transformers"] = lambda requests, batch=streams: run_transformers(network, requests, batch)  # type: ignore[misc]
         if streams > 1:
             sides["transformers_one_by_one"] = lambda requests: run_transformers(network, requests, 1)
-        # One stream has the mean of the lengths that many have.
-        lens = [(low, high) if streams > 1 else ((low + high) // 2,) * 2 for low, high in (args.prompt_lens, args.output_lens)]
         rates: dict[str, list[float]] = {name: [] for name in sides}
-        same, wanted = 0.0, 0
+        same, wanted = 0.0, []
         for index in range(-1, args.rounds):  # the first round is not counted
-            requests = create_requests(count, *lens, llm.engine.vocab_size, seed=index + 1)
-            wanted = sum(one.output_len for one in requests)
+            requests = [Request(*one) for one in create_requests(workload, llm.engine.vocab_size, seed=index + 1)]
             outcomes = {}
             for name, run in sides.items():
                 if name == "transformers_one_by_one" and not 0 <= index < args.one_by_one_rounds:
                     continue
                 outcomes[name] = outcome = run(requests)
                 if index >= 0:
-                    rates[name].append(wanted / outcome.seconds)
+                    rates[name].append(sum(one.output_len for one in requests) / outcome.seconds)
             if index >= 0:
                 same += sum(map(_share_of_same, outcomes["light"].token_ids, outcomes["transformers"].token_ids))
+                wanted.append(sum(one.output_len for one in requests))
         ratios = [ours / theirs for ours, theirs in zip(rates["light"], rates["transformers"])]
-        record = {"streams": streams, "requests": count, "prompt_lens": lens[0], "output_lens": lens[1], "wanted_tokens": wanted}
+        record = {"streams": streams, "requests": workload.num_prompts, "workload": workload.name, "wanted_tokens": wanted}
         record["tokens_per_s"] = {name: round(statistics.median(values), 2) for name, values in rates.items() if values}
         record["ratio"] = {name: round(one, 3) for name, one in _spread(ratios).items()}
-        record["same_tokens"] = round(same / (args.rounds * count), 3)
+        record["same_tokens"] = round(same / (args.rounds * workload.num_prompts), 3)
         records.append(record)
         print(json.dumps(record), flush=True)
     llm.shutdown()
@@ -180,11 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["demo", "1b"], choices=["demo", "1b"])
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--requests", type=int, help="served with that many streams at a time (default: as many as streams)")
+    parser.add_argument("--requests", type=int, help="in all (default: 1 for one stream, 4 for each of several)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one-by-one-rounds", type=int, default=1, help="of transformers one request after the other")
-    parser.add_argument("--prompt-lens", nargs=2, type=int, default=(16, 128))
-    parser.add_argument("--output-lens", nargs=2, type=int, default=(16, 128))
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="mixed", help="lengths of several streams (default: mixed)")
+    parser.add_argument("--length-scale", type=float, default=0.25, help="all its lengths are multiplied by this (default: 0.25)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--folder", type=Path, help="where random weights are kept for the next time (default: nowhere)")
