@@ -63,8 +63,10 @@ def load_model_tokenizer(config: EngineConfig, refs: Sequence[PluginRef]) -> "To
         LightError: the model or its tokenizer cannot be found or read.
     """
     from light_core.plugins import load
+    from light_core.text.tokenizer import import_without_torch
 
     loaded = load(refs)
+    import_without_torch()
     return _tokenizer(config, loaded, _model_folder(config, loaded))
 
 
@@ -125,9 +127,11 @@ def _tokenizer(config: EngineConfig, loaded: "LoadedPlugins", folder: Path) -> "
 def _load_texts(config: EngineConfig, refs: Sequence[PluginRef]) -> "tuple[Tokenizer | None, ChatSpec]":
     """Tokenizer and chat conventions of the model."""
     from light_core.plugins import chat_spec, load
+    from light_core.text.tokenizer import import_without_torch
     from light_core.types import ChatSpec
 
     loaded = load(refs)
+    import_without_torch()
     folder = _model_folder(config, loaded)
     # Where no plugin says anything of conversations the model's configuration, whose import takes long, is not needed.
     has_chat = bool(loaded.manager.hook.light_chat.get_hookimpls())
