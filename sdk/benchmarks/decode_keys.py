@@ -181,8 +181,8 @@ def compare(name: str, case: AttentionInputs, tiles: Sequence[tuple[int, int, in
     """Prints the installed parameters, and the best few of both kernels."""
     (want,), installed = case.expected(), decode_config(case.q)
     least = seconds(QUERIES, case, installed, want)
-    floor = 2.0 * case.num_tokens_read * ops.NUM_KV_HEADS * HEAD_DIM * case.q.element_size()
-    print(f"{name}: installed {least * 1e6:.1f} us, {floor / least / 1e9:.0f} GB/s", flush=True)
+    num_bytes = 2.0 * case.num_tokens_read * ops.NUM_KV_HEADS * HEAD_DIM * case.q.element_size()
+    print(f"{name}: installed {least * 1e6:.1f} us, {num_bytes / least / 1e9:.0f} GB/s", flush=True)
     tried = [
         (label, chosen, DecodeConfig(*tile, waves, max(1, tokens // tile[0])))
         for (label, chosen), tile, (waves, tokens) in itertools.product((("queries", QUERIES), ("keys", KEYS)), tiles, PARTS)
