@@ -28,9 +28,9 @@ from light_sdk.ops.splits import load_item
 
 UNEVEN = ((64, 5.8), (200, 6.2))
 """Requests, and the mean of the logarithm of their length."""
-TILES = ((32, 4, 3), (64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 4, 3), (128, 8, 3), (128, 4, 5), (256, 8, 3))
+TILES = ((32, 4, 3), (32, 4, 5), (64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 4, 3), (128, 8, 3), (128, 4, 5))
 """Keys of an iteration, warps and stages."""
-PARTS = tuple(itertools.product((8, 16, 32), (256, 512)))
+PARTS = tuple(itertools.product((4, 8, 16, 32), (256, 512)))
 """Waves, and the least tokens of a part."""
 POWER_S = 2.0
 
