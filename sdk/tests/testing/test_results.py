@@ -56,6 +56,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     options = ["-p", "light_sdk.testing.results", "--model-results", "found/cpu.json", "-p", "no:cacheprovider", "-p", "no:asyncio"]
     run = subprocess.run([sys.executable, "-m", "pytest", *options, "-k", CHOSEN], cwd=tmp_path, capture_output=True, text=True)
     assert re.search(r"2 failed, 4 passed, 3 skipped, \d+ deselected.* 3 errors", run.stdout), run.stdout + run.stderr
+    assert "this was not all of the tests" in run.stdout
     found = json.loads((tmp_path / "found" / "cpu.json").read_text())
     assert list(found["checks"]) == ["test_weights_fit", "test_prefill_logits", "test_greedy_tokens", "test_mixed_batch"]
     assert found["checks"]["test_prefill_logits"] == describe_check(FamilyConformance.test_prefill_logits)

@@ -150,6 +150,9 @@ class ModelResults:
                 results = keep_bounds(results, json.loads(self._path.read_text()))
             self._path.write_text(render_results(results))
 
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.write_line("with --model-results only the checks of model families run: this was not all of the tests")
+
 
 # ----- records
 
