@@ -19,6 +19,7 @@ import tempfile
 import time
 import tomllib
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-isolated"
@@ -36,19 +37,13 @@ def pip(*arguments: object) -> None:
 
 
 def build_wheels(plugins: set[str], folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    for package in ("core", "sdk", *(f"plugins/{name}" for name in sorted(plugins))):
-        run(
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--wheel-dir",
-            folder,
-            f"./{package}",
-        )
+    def build(package: str) -> None:
+        options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--wheel-dir", folder)
+        run(sys.executable, "-m", "pip", "wheel", *options, f"./{package}")
+
+    packages = ["core", "sdk", *(f"plugins/{name}" for name in sorted(plugins))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(build, packages))
     return {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
 
 
