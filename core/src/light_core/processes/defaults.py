@@ -131,10 +131,11 @@ def _load_texts(config: EngineConfig, refs: Sequence[PluginRef]) -> "tuple[Token
     from light_core.types import ChatSpec
 
     loaded = load(refs)
-    import_without_torch()
     folder = _model_folder(config, loaded)
     # Where no plugin says anything of conversations the model's configuration, whose import takes long, is not needed.
     has_chat = bool(loaded.manager.hook.light_chat.get_hookimpls())
+    if has_chat or not config.skip_tokenizer_init:
+        import_without_torch()
     chat = chat_spec(loaded, **_model(config, loaded, folder)) if has_chat else ChatSpec()
     return None if config.skip_tokenizer_init else _tokenizer(config, loaded, folder), chat
 

@@ -179,7 +179,7 @@ def load_tokenizer(
 
 def import_without_torch() -> None:
     """Imports transformers' tokenizers as if torch were not installed, for a process that handles text alone: half of the time and
-    a quarter of the memory. transformers goes without torch in this process from then on; others import it as ever.
+    a third of the memory. transformers goes without torch in this process from then on; others import it as ever.
 
     Does nothing where either is there already. While it runs, no other thread may import torch.
     """
