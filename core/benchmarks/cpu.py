@@ -142,16 +142,17 @@ def compare(args: argparse.Namespace, folder: Path, dtype: str) -> list[dict[str
         same, wanted = 0.0, []
         for index in range(-1, args.rounds):  # the first round is not counted
             requests = [Request(*one) for one in create_requests(workload, llm.engine.vocab_size, seed=index + 1)]
+            num_tokens = sum(one.output_len for one in requests)
             outcomes = {}
             for name, run in sides.items():
                 if name == "transformers_one_by_one" and not 0 <= index < args.one_by_one_rounds:
                     continue
                 outcomes[name] = outcome = run(requests)
                 if index >= 0:
-                    rates[name].append(sum(one.output_len for one in requests) / outcome.seconds)
+                    rates[name].append(num_tokens / outcome.seconds)
             if index >= 0:
                 same += sum(map(_share_of_same, outcomes["light"].token_ids, outcomes["transformers"].token_ids))
-                wanted.append(sum(one.output_len for one in requests))
+                wanted.append(num_tokens)
         ratios = [ours / theirs for ours, theirs in zip(rates["light"], rates["transformers"])]
         record = {"streams": streams, "requests": workload.num_prompts, "workload": workload.name, "wanted_tokens": wanted}
         record["tokens_per_s"] = {name: round(statistics.median(values), 2) for name, values in rates.items() if values}

@@ -10,7 +10,7 @@ installed ones for two seconds each, in turns, with the card's meter: what takes
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
 
@@ -18,7 +18,7 @@ import ops
 import torch
 import triton
 import triton.language as tl
-from blas import energy
+from blas import Cost, cost
 from ops import DECODES, HEAD_DIM, ROW_TOLERANCE, AttentionInputs, attention_inputs, measure, row_error
 
 from light_sdk.ops.attention import decode
@@ -155,8 +155,8 @@ def seconds(chosen: object, case: AttentionInputs, config: DecodeConfig, want: t
         return measure(lambda: run(case, config), case.step.shared.clear, replays=8)
 
 
-def power(chosen: object, case: AttentionInputs, config: DecodeConfig, calls: int) -> tuple[float, float]:
-    """Seconds and joules of one of many calls in a row."""
+def power(chosen: object, case: AttentionInputs, config: DecodeConfig, calls: int) -> Cost:
+    """Of one of many calls in a row."""
     with kernel(chosen):
         case.step.shared.clear()
         run(case, config)
@@ -166,26 +166,18 @@ def power(chosen: object, case: AttentionInputs, config: DecodeConfig, calls: in
         with torch.cuda.graph(graph):
             for _ in range(ops.CALLS):
                 run(case, config)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before = energy()
-        begin.record()
-        for _ in range(calls // ops.CALLS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        done = calls // ops.CALLS * ops.CALLS
-        return begin.elapsed_time(end) / 1e3 / done, (energy() - before) / done
+    replay = cost(lambda _: graph.replay(), [case.q], calls // ops.CALLS)
+    return Cost(replay.seconds / ops.CALLS, replay.joules / ops.CALLS)
 
 
-def compare(name: str, case: AttentionInputs, tiles: Sequence[tuple[int, int, int]]) -> None:
+def compare(name: str, case: AttentionInputs) -> None:
     """Prints the installed parameters, and the best few of both kernels."""
     (want,), installed = case.expected(), decode_config(case.q)
     least = seconds(QUERIES, case, installed, want)
-    num_bytes = 2.0 * case.num_tokens_read * ops.NUM_KV_HEADS * HEAD_DIM * case.q.element_size()
-    print(f"{name}: installed {least * 1e6:.1f} us, {num_bytes / least / 1e9:.0f} GB/s", flush=True)
+    print(f"{name}: installed {least * 1e6:.1f} us, {case.num_bytes / least / 1e9:.0f} GB/s", flush=True)
     tried = [
         (label, chosen, DecodeConfig(*tile, waves, max(1, tokens // tile[0])))
-        for (label, chosen), tile, (waves, tokens) in itertools.product((("queries", QUERIES), ("keys", KEYS)), tiles, PARTS)
+        for (label, chosen), tile, (waves, tokens) in itertools.product((("queries", QUERIES), ("keys", KEYS)), TILES, PARTS)
     ]
     found = sorted(
         ((seconds(chosen, case, config, want), label, chosen, config) for label, chosen, config in tried), key=lambda one: one[0]
@@ -196,8 +188,9 @@ def compare(name: str, case: AttentionInputs, tiles: Sequence[tuple[int, int, in
     best = next(one for one in found if one[1] == "keys")
     for _ in range(2):
         for label, chosen, config in (("installed", QUERIES, installed), ("keys", KEYS, best[3])):
-            taken, joules = power(chosen, case, config, int(POWER_S / least))
-            print(f"  {label:9} for {POWER_S} s: {taken * 1e6:.1f} us, {joules * 1e3:.2f} mJ, {joules / taken:.0f} W", flush=True)
+            one = power(chosen, case, config, int(POWER_S / least))
+            figures = f"{one.seconds * 1e6:.1f} us, {one.joules * 1e3:.2f} mJ, {one.joules / one.seconds:.0f} W"
+            print(f"  {label:9} for {POWER_S} s: {figures}", flush=True)
 
 
 def main() -> None:
@@ -205,10 +198,10 @@ def main() -> None:
     parser.parse_args()
     torch.manual_seed(0)
     for num_seqs, seq_len in DECODES:
-        compare(f"{num_seqs} x {seq_len}", attention_inputs(num_seqs, seq_len, 1), TILES)
+        compare(f"{num_seqs} x {seq_len}", attention_inputs(num_seqs, seq_len, 1))
     for num_seqs, log_mean in UNEVEN:
         case = uneven_inputs(num_seqs, log_mean)
-        compare(f"{num_seqs} uneven, {case.num_tokens_read} tokens", case, TILES)
+        compare(f"{num_seqs} uneven, {case.num_tokens_read} tokens", case)
 
 
 if __name__ == "__main__":
