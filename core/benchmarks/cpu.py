@@ -128,13 +128,13 @@ def load_transformers(folder: Path, dtype: str) -> Any:
 
 def compare(args: argparse.Namespace, folder: Path, dtype: str) -> list[dict[str, Any]]:
     """One record for each number of streams."""
-    workloads = {streams: choose_workload(streams, args) for streams in args.streams}
-    longest = max(workload.max_len for workload in workloads.values())
-    llm = LLM(str(folder), dtype=dtype, device="cpu", skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=max(args.streams))
     network = load_transformers(folder, dtype)
     records = []
-    for streams, workload in workloads.items():
-        sides: dict[str, Callable[[Sequence[Request]], Outcome]] = {"light": lambda requests: run_light(llm, requests)}
+    for streams in args.streams:
+        workload = choose_workload(streams, args)
+        # One for each number of streams, as that bounds how many requests run at a time.
+        llm = LLM(str(folder), dtype=dtype, device="cpu", skip_tokenizer_init=True, max_model_len=workload.max_len, max_num_seqs=streams)
+        sides: dict[str, Callable[[Sequence[Request]], Outcome]] = {"light": lambda requests, llm=llm: run_light(llm, requests)}  # type: ignore[misc]
         sides["transformers"] = lambda requests, batch=streams: run_transformers(network, requests, batch)  # type: ignore[misc]
         if streams > 1:
             sides["transformers_one_by_one"] = lambda requests: run_transformers(network, requests, 1)
@@ -160,7 +160,7 @@ def compare(args: argparse.Namespace, folder: Path, dtype: str) -> list[dict[str
         record["same_tokens"] = round(same / (args.rounds * workload.num_prompts), 3)
         records.append(record)
         print(json.dumps(record), flush=True)
-    llm.shutdown()
+        llm.shutdown()
     return records
 
 
