@@ -347,8 +347,8 @@ knobs.compilation.listener = lambda *, src, **_: compiled.append(src.fn.fn.__nam
 
 
 class Queue(compilation.CompileQueue):
-    def __init__(self, num_threads):
-        super().__init__(num_threads)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         queues.append(self)
 
 

@@ -110,6 +110,7 @@ def test_layers_that_cannot_be_recorded_are_launched(
 
     monkeypatch.setattr(DecoderLayer, "forward", with_more)
     monkeypatch.setattr(runner, "batch_sizes", lambda most: [1])
+    monkeypatch.setattr(runner, "sharing_sizes", lambda most: [])
     llm = engine(llama[0])
     assert not llm.engine.runner.replays_prompts
     assert run(llm, prompts(6)) == wanted

@@ -37,8 +37,18 @@ CALLS = 10
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 ROWS = (8192, 64)
 WIDTH = 4096
-DECODES = ((256, 640), (64, 640), (16, 32768), (1, 32768))
+MAX_MODEL_LEN = 33_792
+"""That of a server: how much room decodes are given for, and so what they launch, does not depend on how long they are."""
+DECODES = ((256, 640), (64, 640), (16, 32768), (1, 32768), (1, 640))
 """Requests and their length."""
+SWEPT_DECODES = {
+    16: ((1, 640), (1, 4096), (1, 32768), (4, 640), (8, 4096), (4, 6.5), (16, 6.5)),
+    32: ((32, 640), (32, 2048), (32, 6.2)),
+    64: ((48, 640), (64, 640), (64, 5.8), (64, 6.5)),
+    128: ((96, 640), (128, 740), (128, 6.2)),
+    None: ((192, 640), (256, 540), (256, 740), (256, 6.2), (384, 6.0)),
+}
+"""By the most requests that an entry is for: requests, and their length or the mean of its logarithm."""
 SHARED = ((1, 512, 2048, 128), (1, 64, 2048, 128), (16, 18, 4096, 128), (1, 8, 32768, 512), (64, 4, 2048, 128))
 """Groups of decodes, the requests of each, tokens that they share, and tokens of their own."""
 PREFILLS = ((1, 8192, 8192), (8, 1024, 1024), (1, 8192, 2048))
@@ -297,12 +307,21 @@ def attention_inputs(num_seqs: int, seq_len: int, query_len: int) -> AttentionIn
         logits_rows=arange[1:].long() * query_len - 1,
         num_decodes=num_seqs if query_len == 1 else 0,
         max_query_len=query_len,
-        max_seq_len=seq_len,
+        max_seq_len=MAX_MODEL_LEN if query_len == 1 else seq_len,
         prefill_lens=() if query_len == 1 else ((query_len, seq_len),) * num_seqs,
     )
     q = random(num_seqs * query_len, NUM_HEADS, HEAD_DIM)
     k_cache, v_cache = random(num_slots, NUM_KV_HEADS, HEAD_DIM), random(num_slots, NUM_KV_HEADS, HEAD_DIM)
     return AttentionInputs(step, torch.full_like(q, math.nan), q, k_cache, v_cache, num_seqs * seq_len)
+
+
+def uneven_inputs(num_seqs: int, log_mean: float) -> AttentionInputs:
+    """Decodes of log-normal lengths, as in `mixed`."""
+    lens = torch.empty(num_seqs).log_normal_(log_mean, 0.9).clamp(8, 4096).int()
+    inputs = attention_inputs(num_seqs, int(lens.max()), 1)
+    inputs.step.seq_lens, inputs.num_tokens_read = lens.to(DEVICE), int(lens.sum())
+    inputs.step.positions, inputs.step.context_lens = inputs.step.seq_lens - 1, inputs.step.seq_lens
+    return inputs
 
 
 def shared_inputs(num_groups: int, members: int, shared_len: int, own_len: int, *, is_told: bool = True) -> AttentionInputs:
@@ -373,24 +392,28 @@ def sweep_prefix() -> None:
     ]
 
     def run(case: AttentionInputs, config: PrefixConfig) -> None:
-        decode_attention(*case.arguments, HEAD_DIM**-0.5, None, None, decode_config(case.q), config)
+        installed = decode_config(case.q, case.step.num_decodes * NUM_KV_HEADS)
+        decode_attention(*case.arguments, HEAD_DIM**-0.5, None, None, installed, config)
 
     sweep("prefix", inputs, configs, run)
 
 
 def sweep_decode() -> None:
-    """Launch parameters of decode attention, by the geometric mean of the times of `DECODES`."""
-    inputs = [attention_inputs(num_seqs, seq_len, 1) for num_seqs, seq_len in DECODES]
-    configs = [
-        DecodeConfig(block_n, num_warps, num_stages, waves, min_tokens // block_n)
-        for block_n, num_warps, num_stages in itertools.product((32, 64, 128, 256), (2, 4, 8), (2, 3, 4))
-        for waves, min_tokens in itertools.product((4, 8, 16, 32), (256, 512, 1024))
-    ]
+    """Launch parameters of decode attention, by the geometric mean of the times of each of `SWEPT_DECODES`."""
 
     def run(case: AttentionInputs, config: DecodeConfig) -> None:
         decode_attention(*case.arguments, HEAD_DIM**-0.5, None, None, config)
 
-    sweep("decode", inputs, configs, run)
+    for most, shapes in SWEPT_DECODES.items():
+        inputs = [
+            uneven_inputs(num_seqs, size) if isinstance(size, float) else attention_inputs(num_seqs, size, 1) for num_seqs, size in shapes
+        ]
+        configs = [
+            DecodeConfig(block_n, num_warps, 3, waves, max(1, min_tokens // block_n))
+            for block_n, num_warps in itertools.product((64, 128, 256), (4, 8))
+            for waves, min_tokens in itertools.product((3, 4, 6, 8, 12, 16), (128, 256, 512))
+        ]
+        sweep("decode", inputs, configs, run, "" if most is None else f" to {most * NUM_KV_HEADS}")
 
 
 def sweep_prefill() -> None:
@@ -404,8 +427,9 @@ def sweep_prefill() -> None:
     sweep("prefill", inputs, configs, run)
 
 
-def sweep(kind: str, inputs: list[AttentionInputs], configs: list, run: Callable) -> None:
-    """Times every config on every input, drops those that do not fit or are wrong, and prints the best five."""
+def sweep(kind: str, inputs: list[AttentionInputs], configs: list, run: Callable, extent: str = "") -> None:
+    """Times every config on every input, drops those that do not fit or are wrong, and prints the best five, as entries whose key
+    ends in `extent`."""
     expected, ranking = [case.expected()[0] for case in inputs], []
     for config in configs:
         times = []
@@ -427,7 +451,7 @@ def sweep(kind: str, inputs: list[AttentionInputs], configs: list, run: Callable
     print(f"\n{kind}, {len(ranking)} of {len(configs)} configurations ran, head_dim {HEAD_DIM}, best first:")
     for _, config, times in ranking[:5]:
         head_bytes = triton.next_power_of_2(HEAD_DIM) * DTYPE.itemsize
-        print(f'"{head_bytes}": {json.dumps(asdict(config))}   us: {", ".join(f"{time * 1e6:.1f}" for time in times)}')
+        print(f'"{head_bytes}{extent}": {json.dumps(asdict(config))}   us: {", ".join(f"{time * 1e6:.1f}" for time in times)}')
 
 
 # --------------------------------------------------------------------------------------------- report

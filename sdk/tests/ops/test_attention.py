@@ -1,13 +1,16 @@
 """Attention: the reference and the CPU path against dense float64 code, the Triton kernels against the reference."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import resources
 
 import pytest
 import torch
 
-from light_sdk.ops.attention import cpu, reference
-from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
+from light_sdk.ops.attention import cpu, reference, tuning
+from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig, PrefixConfig, decode_config
 from light_sdk.ops.rotary_kv import rotary_kv
 
 MHA, GQA, MQA = (4, 4, 16), (6, 2, 16), (5, 1, 16)
@@ -224,6 +227,31 @@ def test_parts_are_joined_head_by_head_or_several_at_once(heads, window, device,
     reference.attention(expected, *batch.arguments[1:], 0.3, window)
     decode.decode_attention(*batch.arguments, 0.3, window, None, DecodeConfig(16, 4, 2, 60, 1))
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+
+
+def test_parameters() -> None:
+    """What the data files have, and whose it is: few programs, pairs of a request and a key/value head, may have their own."""
+    folder = resources.files("light_sdk.ops.attention").joinpath("configs")
+    files = {file.name: json.loads(file.read_text()) for file in folder.iterdir()}
+    kinds = {"decode": DecodeConfig, "prefill": PrefillConfig, "prefix": PrefixConfig}
+    assert all(set(files["default.json"][kind]) == {"64", "128", "256", "512", "1024"} for kind in kinds)
+    for file in files.values():
+        for kind, entries in file.items():
+            for config in (kinds[kind](**values) for values in entries.values()):
+                assert min(config.block_n, config.num_warps, config.num_stages) >= 1
+                assert config.block_n & (config.block_n - 1) == config.num_warps & (config.num_warps - 1) == 0
+    q = torch.empty(1, 100, dtype=torch.bfloat16)
+    assert decode_config(q, 1) == decode_config(q, 10**6) == DecodeConfig(**files["default.json"]["decode"]["256"])
+
+
+def test_few_programs_have_parameters_of_their_own(monkeypatch) -> None:
+    few, many = DecodeConfig(32, 4, 2, 1, 1), DecodeConfig(64, 4, 2, 8, 4)
+    entries = {"decode": {"128": asdict(many), "128 to 64": asdict(few)}}
+    monkeypatch.setattr(tuning, "read_configs", lambda package, name: entries)
+    monkeypatch.setattr(tuning, "tuned_parameters", lambda package, name, path, use: entries[path[0]][path[1]])
+    monkeypatch.setattr(tuning, "_decode_config", tuning._decode_config.__wrapped__)
+    q = torch.empty(1, 64, dtype=torch.bfloat16)
+    assert [decode_config(q, num_pairs) for num_pairs in (1, 64, 65)] == [few, few, many]
 
 
 def test_layers_of_a_step_may_differ(device, make_batch, tolerances) -> None:

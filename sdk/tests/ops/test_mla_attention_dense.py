@@ -180,7 +180,7 @@ def test_hopper_padded(prefills, padding, make_latents, tolerances) -> None:
     lens = [*prefills, (padding, padding)]
     batch = make_latents([70, 3], lens, REAL, dtype=torch.bfloat16, device="cuda")
     step = batch.step = replace(batch.step, prefill_lens=tuple((query_len, seq_len) for seq_len, query_len in lens))
-    step.slots[-padding:] = step.slots[-1]
+    step.slots[-padding:] = step.slots[-1].clone()
     step.slot_table[step.rows[-1].long(), :padding] = step.slots[-1].int()
     expected = torch.full_like(batch.out, float("nan"))
     reference.mla_attention(expected, *batch.arguments[1:], 192**-0.5)

@@ -8,13 +8,13 @@ import functools
 import json
 import logging
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from typing import Any
 
 import torch
 
-__all__ = ["device_name", "entry_for", "next_power_of_2", "num_processors", "read_configs", "tuned_parameters"]
+__all__ = ["device_name", "entry_for", "key_up_to", "next_power_of_2", "num_processors", "read_configs", "tuned_parameters"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,12 @@ def entry_for(entries: Mapping[str, Any], num_tokens: int) -> Any:
     at = bisect_left(sizes, num_tokens)
     found = entries[str(sizes[at])] if at < len(sizes) and sizes[at] < 2 * num_tokens else None
     return None if found == "blas" else found
+
+
+def key_up_to(entries: Collection[str], key: str, count: int) -> str:
+    """`key`, or where `entries` has "{key} to {n}" for some n from `count` on, that of the least."""
+    limits = [int(entry.removeprefix(f"{key} to ")) for entry in entries if entry.startswith(f"{key} to ")]
+    return f"{key} to {min(fitting)}" if (fitting := [limit for limit in limits if count <= limit]) else key
 
 
 def tuned_parameters(package: str, name: str, path: tuple[str, ...], use: str) -> dict[str, Any]:

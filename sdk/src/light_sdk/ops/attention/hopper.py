@@ -29,14 +29,16 @@ def attention(
     allocated here, so only pure decodes may be captured in a CUDA graph."""
     assert window is None and alibi_slopes is None, "not accepted at selection"
     assert q_THD.stride(-1) == out_THD.stride(-1) == k_cache_SKD.stride(-1) == v_cache_SKD.stride(-1) == step.slot_table.stride(-1) == 1
+    num_kv_heads = k_cache_SKD.shape[1]
     if step.num_decodes:
-        decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, decode_config(q_THD))
+        config = decode_config(q_THD, step.num_decodes * num_kv_heads)
+        decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config)
     is_new_dense = k_TKD is not None and v_TKD is not None
-    may_share = prefix_config(q_THD).block_m >= 2 * (q_THD.shape[1] // k_cache_SKD.shape[1])
+    may_share = prefix_config(q_THD).block_m >= 2 * (q_THD.shape[1] // num_kv_heads)
     for run in runs_of(step, "attention", is_worthwhile, BUCKET if is_new_dense else None, may_share):
         if run.kind == "short":
-            config = prefill_config(q_THD)
-            prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config, run.first, run.end, k_TKD, v_TKD)
+            tiles = prefill_config(q_THD)
+            prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, tiles, run.first, run.end, k_TKD, v_TKD)
             continue
         tokens = slice(run.begin, run.stop)
         out, q = out_THD[tokens], q_THD[tokens]
@@ -45,7 +47,9 @@ def attention(
             assert k is not None and v is not None
             prompts_attention(out, q, k, v, run.end - run.first, scale)
         elif run.kind == "few":
-            decode_attention(out, q, k_cache_SKD, v_cache_SKD, as_decodes(step, run), scale, None, None, decode_config(q_THD))
+            few = as_decodes(step, run)
+            config = decode_config(q_THD, few.num_decodes * num_kv_heads)
+            decode_attention(out, q, k_cache_SKD, v_cache_SKD, few, scale, None, None, config)
         else:
             slots = request_slots(step, run.first, run.seq_len)
             dense_attention(out, q, k_cache_SKD, v_cache_SKD, slots, scale, k, v)

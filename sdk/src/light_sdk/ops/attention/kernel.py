@@ -29,7 +29,8 @@ def attention(
     """
     assert q_THD.stride(-1) == out_THD.stride(-1) == k_cache_SKD.stride(-1) == v_cache_SKD.stride(-1) == step.slot_table.stride(-1) == 1
     if step.num_decodes:
-        decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, window, alibi_slopes, decode_config(q_THD))
+        config = decode_config(q_THD, step.num_decodes * k_cache_SKD.shape[1])
+        decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, window, alibi_slopes, config)
     if step.num_seqs > step.num_decodes:
         prefill_attention(
             out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, window, alibi_slopes, prefill_config(q_THD), None, None, k_TKD, v_TKD

@@ -1,7 +1,8 @@
 """Launch parameters of the attention kernels: data files in `configs/`, named by GPU, read once.
 
 A file maps "decode", "prefill" and "prefix" to parameters by the bytes of one padded head (head_dim rounded up to a
-power of two, times the element size): "64" … "1024". `default.json` has every size, chosen to fit the smallest shared
+power of two, times the element size): "64" … "1024"; "decode", where few programs want others, by "{bytes} to {pairs}" as
+well, pairs of a request and a key/value head. `default.json` has every size, chosen to fit the smallest shared
 memory of compute capability 8 (99 KiB); what a GPU's own file lacks comes from there. `sdk/benchmarks/ops.py --sweep`
 finds them.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from light_sdk.ops.tuning import device_name, next_power_of_2, tuned_parameters
+from light_sdk.ops.tuning import device_name, key_up_to, next_power_of_2, read_configs, tuned_parameters
 
 __all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config"]
 
@@ -76,9 +77,9 @@ class PrefixConfig:
     min_blocks: int
 
 
-def decode_config(q: torch.Tensor) -> DecodeConfig:
-    """Parameters for queries like `q` (`[..., D]`) on its device."""
-    return _decode_config(q.device, q.shape[-1], q.element_size())
+def decode_config(q: torch.Tensor, num_pairs: int) -> DecodeConfig:
+    """Parameters for queries like `q` (`[..., D]`) on its device, and so many pairs of a request and a key/value head."""
+    return _decode_config(q.device, q.shape[-1], q.element_size(), num_pairs)
 
 
 def prefill_config(q: torch.Tensor) -> PrefillConfig:
@@ -92,20 +93,24 @@ def prefix_config(q: torch.Tensor) -> PrefixConfig:
 
 
 @functools.cache
-def _decode_config(device: torch.device, head_dim: int, element_size: int) -> DecodeConfig:
-    return DecodeConfig(**_parameters(device, "decode", head_dim, element_size))
+def _decode_config(device: torch.device, head_dim: int, element_size: int, num_pairs: int) -> DecodeConfig:
+    entries = read_configs(PACKAGE, device_name(device)).get("decode", {})
+    return DecodeConfig(**_parameters(device, "decode", key_up_to(entries, _head_bytes(head_dim, element_size), num_pairs)))
 
 
 @functools.cache
 def _prefill_config(device: torch.device, head_dim: int, element_size: int) -> PrefillConfig:
-    return PrefillConfig(**_parameters(device, "prefill", head_dim, element_size))
+    return PrefillConfig(**_parameters(device, "prefill", _head_bytes(head_dim, element_size)))
 
 
 @functools.cache
 def _prefix_config(device: torch.device, head_dim: int, element_size: int) -> PrefixConfig:
-    return PrefixConfig(**_parameters(device, "prefix", head_dim, element_size))
+    return PrefixConfig(**_parameters(device, "prefix", _head_bytes(head_dim, element_size)))
 
 
-def _parameters(device: torch.device, kind: str, head_dim: int, element_size: int) -> dict[str, int]:
-    head_bytes = min(max(next_power_of_2(head_dim) * element_size, SMALLEST), LARGEST)
-    return tuned_parameters(PACKAGE, device_name(device), (kind, str(head_bytes)), f"attention {kind}, {head_bytes} bytes a head")
+def _head_bytes(head_dim: int, element_size: int) -> str:
+    return str(min(max(next_power_of_2(head_dim) * element_size, SMALLEST), LARGEST))
+
+
+def _parameters(device: torch.device, kind: str, key: str) -> dict[str, int]:
+    return tuned_parameters(PACKAGE, device_name(device), (kind, key), f"attention {kind}, {key} bytes a head")

@@ -73,7 +73,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def product_to(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, adds: bool = False) -> None:
-    """Overwrites `out` `[T, N]`, contiguous, with `x @ weight.T`, or where it `adds` with `out + x @ weight.T`, rounded once."""
+    """Overwrites `out` `[T, N]`, contiguous, with `x @ weight.T`, or where it `adds` with `out + x @ weight.T`."""
     found = _find(x, weight, adds)
     if found is not None and out.data_ptr() % ALIGNMENT == 0:
         found(x, weight, out)

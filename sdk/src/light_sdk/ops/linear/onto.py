@@ -1,8 +1,8 @@
 """`linear` added to the residual where it is computed, by cuBLAS: what implementations of `linear` for CUDA have as `onto`.
 
 A product writes its result, and the norm behind it reads that and the residual and writes the sum and its norm: five passes
-over `[T, E]`. cuBLAS adds what is in memory to its float32 sums (beta = 1), and the norm is left with the sum: four passes,
-and the sum is rounded once instead of twice.
+over `[T, E]`. cuBLAS adds to what is in memory itself (beta = 1), and the norm is left with the sum: four passes. cuBLAS 13.1
+rounds the product before it adds, as the norm would have it: results are the same to the bit.
 """
 
 import torch
@@ -17,7 +17,7 @@ by it, from 1,024 on faster by 1 to 7 % (H200, docs/decisions/0015-products-that
 
 
 def onto(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Overwrites `residual` with `residual + x @ weight.T`, rounded once from float32; or does nothing and says so.
+    """Overwrites `residual` with `residual + x @ weight.T`, rounded as cuBLAS does; or does nothing and says so.
 
     Args:
         residual: `[T, out_features]`, of x's dtype; shares no memory with `x` or `weight`.

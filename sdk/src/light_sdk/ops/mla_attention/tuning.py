@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from light_sdk.ops.tuning import device_name, next_power_of_2, read_configs, tuned_parameters
+from light_sdk.ops.tuning import device_name, key_up_to, next_power_of_2, read_configs, tuned_parameters
 
 __all__ = ["DecodeConfig", "PrefillConfig", "PrefixConfig", "decode_config", "prefill_config", "prefix_config"]
 
@@ -97,10 +97,7 @@ def prefix_config(q_THD: torch.Tensor) -> PrefixConfig:
 
 @functools.cache
 def _decode_config(name: str, key: str, num_decodes: int) -> DecodeConfig:
-    limits = [int(entry.split()[-1]) for entry in read_configs(PACKAGE, name).get("decode", {}) if entry.startswith(f"{key} to ")]
-    if fitting := [limit for limit in limits if num_decodes <= limit]:
-        key = f"{key} to {min(fitting)}"
-    return DecodeConfig(**_parameters(name, "decode", key))
+    return DecodeConfig(**_parameters(name, "decode", key_up_to(read_configs(PACKAGE, name).get("decode", {}), key, num_decodes)))
 
 
 @functools.cache
