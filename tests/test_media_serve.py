@@ -403,6 +403,9 @@ def test_a_picture_that_plugin_or_encoder_cannot_do(server: Seeing) -> None:
     green.putpixel((0, 0), (0, 255, 0))
     server.refuses(server.ask(image_part(green)), "cannot be preprocessed for this model")
     server.refuses(server.ask(image_part(magenta)), "cannot be encoded by this model")
+    part = image_part(A)
+    part["image_url"]["detail"] = "low"
+    assert server.says(server.ask(part)) == server.expected("user", A, "assistant")
     assert server.says(server.ask(image_part(A))) == server.expected("user", A, "assistant")
 
 
@@ -424,6 +427,8 @@ def test_a_thousand_pictures(server: Seeing) -> None:
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}},
         {"type": "image_url", "image_url": {"url": "data:image/png,x"}},
         {"type": "image_url", "image_url": {"url": "data:\ud800"}},
+        {"type": "image_url", "image_url": {"url": "data:;base64,AAAA", "detail": "bogus"}},
+        {"type": "image_url", "image_url": {"url": "data:;base64,AAAA", "detail": 3}},
         {"type": "video_url", "video_url": {"url": "x"}},
         {"type": "input_audio", "input_audio": {"data": "x"}},
     ],

@@ -199,10 +199,16 @@ async def test_every_redirect_is_judged() -> None:
             "/name": redirect("http://pictures.test/"),
             "/file": redirect("file:///etc/passwd"),
             "/relative": redirect("//evil.test/"),
+            "/deep/near?x=1": redirect("three.png?y=2"),
+            "/deep/three.png?y=2": redirect("../three"),
+            "/deep/../three": plain(BODY),
+            "/scheme": redirect("javascript:alert(1)"),
             "/strange": redirect("http://127.0.0.1\\@evil/"),
             "/user": redirect(f"http://me@127.0.0.1:{host.port}/"),
         }
         assert await fetcher.fetch(f"{base}/one", "image_url") == BODY
+        assert await fetcher.fetch(f"{base}/deep/near?x=1", "image_url") == BODY
+        await refused(fetcher, f"{base}/scheme", "cannot be fetched")
         await refused(fetcher, f"{base}/loop", "redirects more than 3 times")
         for target, words in (("private", "not among"), ("name", "cannot be used"), ("file", "not one that"), ("relative", "not one that")):
             await refused(fetcher, f"{base}/{target}", words)
@@ -278,3 +284,4 @@ def test_public_addresses() -> None:
     assert not any(
         map(is_public, ("127.0.0.1", "0.0.0.0", "255.255.255.255", "::", "ff02::1", "2001:db8::1", "x", "fe80::1%lo", "192.0.2.1"))
     )
+    assert not any(map(is_public, ("fec0::1", "3fff::1", "5f00::1", "192.0.0.8", "::ffff:192.0.0.8")))

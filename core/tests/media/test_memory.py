@@ -81,6 +81,11 @@ def test_the_least_recently_used_goes_first_unless_it_is_leased(fd: int) -> None
         assert found is not None
         found.leases += 1
     assert put(store, 5) is None, "all is leased"
+    held = list(store._items.values())
+    assert not store.is_leased_beside(held) and store.is_leased_beside(held[1:])
+    held[0].leases += 1
+    assert store.is_leased_beside(held) and not store.is_leased_beside([held[0], *held])
+    held[0].leases -= 1
     leased.leases -= 1
     assert put(store, 5) is not None and store.get("image", key(1)) is None
     store.check()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pictures import apng, chunk, encoded, flat_png, gif, noise, png, tiff
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from light_core.errors import RequestError
 from light_core.media.pixels import ImageLimits, content_key, decode_image, image_pixels
@@ -45,8 +46,24 @@ def test_modes_become_rgb() -> None:
     # 16 bits by the high byte: a full range is not clipped to white.
     deep = np.arange(0, 65536, 512, dtype=np.uint16).reshape(8, 16)
     assert (shown(encoded(Image.fromarray(deep)))[..., 0] == deep >> 8).all()
+
+
+def test_what_is_transparent_lies_on_white() -> None:
+    """As transformers' image processors put it there."""
+    base, alpha = noise(300, 300), noise(300, 300).convert("L")
     palette = base.quantize(8)
-    assert (shown(encoded(palette, transparency=3)) == np.asarray(palette.convert("RGB"))).all()
+    with_alpha = base.copy()
+    with_alpha.putalpha(alpha)
+    grey = base.convert("L").convert("LA")
+    grey.putalpha(alpha)
+    key = base.getpixel((5, 5))
+    files = [encoded(with_alpha), encoded(grey), encoded(palette, transparency=3), encoded(base, transparency=key)]
+    files += [encoded(base.convert("L"), transparency=7), encoded(with_alpha, "WEBP", lossless=True, exact=True)]
+    for file in files:
+        image = Image.open(io.BytesIO(file))
+        assert (shown(file) == convert_to_rgb(image, return_numpy=True)).all(), image.mode
+    white = shown(encoded(Image.new("RGBA", (3, 3), (255, 0, 0, 0))))
+    assert (white == 255).all()
 
 
 def test_exif_turns_the_picture() -> None:

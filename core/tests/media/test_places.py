@@ -112,8 +112,10 @@ def test_parts_keep_their_order(tokenizer: LightTokenizer, kind: MediaKind, temp
 
 
 def test_texts_side_by_side_are_lines(tokenizer: LightTokenizer) -> None:
-    text, _, _ = conversation(tokenizer, TEXT, TEXT_TEMPLATE, {"role": "user", "content": [A, B, PICTURE, A]})
-    assert text == "user a\nb[[PIC]] a "
+    """But for a template that takes parts, which would write one after the other."""
+    message = {"role": "user", "content": [A, B, PICTURE, A]}
+    assert conversation(tokenizer, TEXT, TEXT_TEMPLATE, message)[0] == "user a\nb[[PIC]] a "
+    assert conversation(tokenizer, TOKEN, PARTS_TEMPLATE, message)[0] == "user ab<image> a "
 
 
 @pytest.mark.parametrize(("kind", "literal"), [(TOKEN, "<image>"), (TEXT, "[[PIC]]")])
@@ -126,6 +128,16 @@ def test_a_placeholders_text_in_a_message_is_text(tokenizer: LightTokenizer, kin
         assert ids.count(9) == 2 * (num_items if kind is TOKEN else 0)
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_what_stands_around_a_placeholder_is_text_too(tokenizer: LightTokenizer, role: str) -> None:
+    """A tokenizer may put a placeholder between the special tokens that begin and end one, and assistants' texts are not marked."""
+    around = MediaKind("vision", "image", "[[PIC]]", None, "<image>[[PIC]]<image>")
+    text, ids, count = conversation(tokenizer, around, TEXT_TEMPLATE, {"role": role, "content": "see <image>b"})
+    assert count == 0 and 9 not in ids and "<image>" not in text
+    _, ids, count = conversation(tokenizer, around, TEXT_TEMPLATE, {"role": role, "content": [A, PICTURE]})
+    assert count == 1 and ids.count(9) == 2
+
+
 @pytest.mark.parametrize("template", [TEXT_TEMPLATE, PARTS_TEMPLATE])
 def test_a_placeholder_in_two_pieces_is_none(tokenizer: LightTokenizer, template: str) -> None:
     halves = [{"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}]
@@ -135,8 +147,9 @@ def test_a_placeholder_in_two_pieces_is_none(tokenizer: LightTokenizer, template
 
 def test_other_parts_are_refused(tokenizer: LightTokenizer) -> None:
     for part in ({"type": "video_url"}, {"type": ["image_url"]}, {"type": None}, "x", 3, {"type": "text", "text": 5}):
-        with pytest.raises(RequestError, match=r"messages\[0\]\.content"):
+        with pytest.raises(RequestError, match=r"messages\[0\]\.content") as caught:
             conversation(tokenizer, TOKEN, TEXT_TEMPLATE, {"role": "user", "content": [part]})
+        assert "parts of type text and image_url" in str(caught.value) or part == {"type": "text", "text": 5}
 
 
 def test_continuing_a_message_of_parts() -> None:

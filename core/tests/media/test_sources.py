@@ -34,7 +34,13 @@ def settings(**values: object) -> MediaSettings:
 
 def test_data_urls() -> None:
     text = base64.b64encode(DATA).decode()
-    for head in ("data:image/png;base64,", "data:;base64,", "data:image/svg+xml;charset=utf-8;base64,", "data:application/pdf;base64,"):
+    for head in (
+        "data:image/png;base64,",
+        "data:;base64,",
+        "data:image/svg+xml;charset=utf-8;base64,",
+        "data:application/pdf;base64,",
+        "DATA:image/PNG;BASE64,",
+    ):
         assert read_data_url(head + text, settings(), "image") == DATA, head
 
 

@@ -8,12 +8,14 @@ import random
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from light_core.errors import RequestError
 from light_core.media.items import MediaSource
 from light_core.media.memory import MediaReader, MediaStore, create_media_file
 from light_core.media.settings import MediaSettings
@@ -190,6 +192,31 @@ async def test_room_that_is_leased_is_not_taken() -> None:
         await setup.prepared(4, url(3))
         assert setup.server.stats().kept_items == 2 and setup.server.stats().leased_items == 2
         setup.store.check()
+
+
+async def test_a_request_that_no_room_is_enough_for_is_told_so() -> None:
+    """Waiting would not help it."""
+    async with serving(size_bytes=8192) as setup:
+        refused = await setup.refused(1, url(1), url(2), url(3))
+        assert refused.param == "item0" and "too large together: the server has 8192 bytes" in refused.error
+        assert setup.server.stats().leased_items == 0
+        await setup.prepared(2, url(1))
+        refused = await setup.refused(3, url(2), url(3), url(4))
+        assert refused.param is None and "room" in refused.error, "there may be when the neighbour is done"
+        setup.server.receive(Release(ME, 2))
+        await setup.prepared(4, url(2), url(3))
+        setup.store.check()
+
+
+async def test_a_plugin_says_why_it_refuses_a_picture() -> None:
+    async with serving() as setup:
+
+        def preprocess(ppm: bytes) -> Any:
+            raise RequestError("too narrow for this model")
+
+        setup.server._encoders["image"] = replace(setup.server._encoders["image"], preprocess=preprocess)
+        refused = await setup.refused(1, url(1))
+        assert refused.param == "item0" and refused.error == "item0: too narrow for this model"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ SERVER_FLAGS: dict[str, tuple[str, Any, str]] = {
     "max-media-items": ("max_media_items", int, "Images of a request."),
     "max-media-bytes": ("max_media_bytes", int, "Bytes of an image file."),
     "max-image-pixels": ("max_image_pixels", int, "Width times height of an image."),
+    "max-image-ratio": ("max_image_ratio", float, "Longer side of an image to its shorter one."),
+    "max-image-frames": ("max_image_frames", int, "Frames of an image file, of which the first is what a model sees."),
     "allowed-media-domains": (
         "allowed_media_domains",
         str,
@@ -114,6 +116,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "max_media_items",
         "max_media_bytes",
         "max_image_pixels",
+        "max_image_ratio",
+        "max_image_frames",
         "fetch_timeout_s",
         "decoders",
         "media_memory_bytes",

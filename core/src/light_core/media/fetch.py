@@ -25,10 +25,15 @@ __all__ = ["Address", "Fetcher", "Resolver", "is_public", "parse_address"]
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 """Host and port to IP addresses."""
 
-URL = re.compile(r"(https?)://([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?((?:[/?][!-~]*)?)", re.IGNORECASE)
+URL = re.compile(r"(https?)://([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?((?:[/?][!-~]*)?)", re.IGNORECASE)
 BAD_CHARS = frozenset('\\"<>^`{|}')
 PORTS = {"http": 80, "https": 443}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "fec0::/10", "3fff::/20", "5f00::/16")))
+"""Of the special-purpose registries, what some versions of `ipaddress` take for global: protocol assignments, site-local addresses,
+documentation, segment routing."""
+RELATIVE = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=@-]+(?:[/?].*)?")
+"""A path that begins with a name, and has no scheme."""
 REDIRECTS = frozenset([301, 302, 303, 307, 308])
 CHUNK_BYTES = 1 << 16
 
@@ -75,6 +80,8 @@ def is_public(address: str) -> bool:
         embedded = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
         if any(inner is not None and not is_public(str(inner)) for inner in embedded):
             return False
+    if any(ip in network for network in NOT_PUBLIC if network.version == ip.version):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
@@ -195,7 +202,10 @@ def _is_ip(host: str) -> bool:
 
 
 def _absolute(base: Address, location: str) -> str:
-    """Where a redirect leads; what is neither an address nor an absolute path is left to the parser to refuse."""
-    if location.startswith("/") and not location.startswith("//"):
-        return f"{base.scheme}://{base.authority}{location}"
+    """Where a redirect leads; what is neither an address nor a path is left to the parser to refuse."""
+    if location.startswith("//"):
+        return location
+    folder = base.target.partition("?")[0].rpartition("/")[0]
+    if location.startswith("/") or RELATIVE.fullmatch(location):
+        return f"{base.scheme}://{base.authority}{location if location.startswith('/') else f'{folder}/{location}'}"
     return location

@@ -10,7 +10,7 @@ import mmap
 import os
 from bisect import bisect_left, insort
 from collections import OrderedDict, UserDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -100,6 +100,10 @@ class MediaStore:
         if item is not None:
             self._items.move_to_end((encoder, key))
         return item
+
+    def is_leased_beside(self, held: Sequence[Kept]) -> bool:
+        """Whether anything is leased but what is in `held`, once for each time that it is there."""
+        return any(item.leases > held.count(item) for item in self._items.values())
 
     def put(self, encoder: str, key: bytes, tensors: "Mapping[str, torch.Tensor]", num_tokens: int, grid: tuple[int, ...]) -> Kept | None:
         """Writes an item; None if there is no room that nobody leases.

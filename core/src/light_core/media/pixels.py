@@ -160,14 +160,18 @@ def _upright(image: "Image") -> "Image":
 def rgb_bands(image: "Image") -> Iterator[bytes]:
     """The pixels of `image` from top to bottom, 8-bit RGB, some rows at a time.
 
-    Alpha is dropped, palettes are looked up, grey of 16 bits is taken by its high byte.
+    What is transparent lies on white, as transformers' processors have it; palettes are looked up, grey of 16 bits is taken by its
+    high byte.
     """
+    from PIL.Image import alpha_composite, new
+
     rows = max(1, BAND_PIXELS // image.width)
-    has_palette_alpha = image.mode in ("P", "PA") and "transparency" in image.info
+    has_alpha = "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
         if band.mode.startswith("I"):
             band = band.point(lambda value: value * (1 / 256)).convert("L")
-        elif has_palette_alpha:
+        elif has_alpha:
             band = band.convert("RGBA")
+            band = alpha_composite(new("RGBA", band.size, (255, 255, 255, 255)), band)
         yield (band if band.mode == "RGB" else band.convert("RGB")).tobytes()

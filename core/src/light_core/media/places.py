@@ -73,7 +73,9 @@ class MediaPlaces:
             if one.placeholder and known is None:
                 self._texts[one.placeholder] = place
         self._pattern = _any_of(self._texts)
-        self._literals = _any_of([one.placeholder for one in self.kinds.values() if one.placeholder])
+        special = [] if tokenizer is None else sorted(tokenizer.special_strings)
+        around = [text for text in special if any(text in one.marker for one in self.kinds.values())]
+        self._literals = _any_of([*around, *(one.placeholder for one in self.kinds.values() if one.placeholder)])
 
     def marker(self, kind: str) -> str:
         """What stands for an item in text; raises `RequestError` if the model takes none of this kind."""
@@ -83,7 +85,8 @@ class MediaPlaces:
         return self.kinds[kind].marker
 
     def literal(self, text: str) -> str:
-        """`text`, which a client has sent, with each placeholder in it cut, so that it stays text."""
+        """`text`, which a client has sent, with each placeholder in it cut, and each special token that stands around one, so
+        that they stay text."""
         from light_core.text.tokenizer import LITERAL_MARK
 
         if self._literals is None:

@@ -36,7 +36,7 @@ class MediaSettings:
     allowed_local_media_path: str | None = None
     max_media_bytes: int = 20 << 20
     max_image_pixels: int = 1 << 25
-    max_image_ratio: float = 100.0
+    max_image_ratio: float = 200.0
     max_image_frames: int = 1
     max_redirects: int = 3
     fetch_timeout_s: float = 10.0

@@ -17,7 +17,7 @@ from light_core.media.settings import MediaSettings
 __all__ = ["check_source", "read_data_url", "read_file", "scheme_of"]
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]+)*);base64,", re.ASCII)
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]+)*);base64,", re.ASCII | re.IGNORECASE)
 MAX_URL_CHARS = 8192
 READ_BYTES = 1 << 20
 

@@ -153,6 +153,9 @@ class MediaServer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if isinstance(error, OverloadedError) and not self._store.is_leased_beside(held):
+                size = f"{self._store.size_bytes} bytes for them (--media-memory-bytes)"
+                error = RequestError(f"the media of this request are too large together: the server has {size}", message.sources[0].param)
             for kept in held:
                 kept.leases -= 1
             if not isinstance(error, Exception):
@@ -265,6 +268,8 @@ def _preprocess(encoder: MediaEncoder, pixels: Pixels) -> tuple[Any, int, tuple[
         tensors = encoder.preprocess(pixels.ppm)
         num_tokens = int(encoder.num_tokens(tensors))
         grid = tuple(map(int, encoder.grid(tensors))) if encoder.grid is not None else ()
+    except RequestError:
+        raise
     except Exception as error:
         logger.warning("encoder %s cannot preprocess an image of %d x %d", encoder.name, pixels.width, pixels.height, exc_info=error)
         raise RequestError("the image cannot be preprocessed for this model") from None

@@ -19,6 +19,8 @@ from light_core.types import ChatSpec
 __all__ = ["MediaIntake", "PromptReader", "TextPrompt"]
 
 _MAX_TOOLS = 1024
+DETAILS = ("auto", "low", "high", "original")
+"""Of a picture, as clients ask for them."""
 
 T = TypeVar("T")
 
@@ -302,6 +304,10 @@ def _source(kind: str, part: Mapping[str, Any], name: str) -> MediaSource:
     url = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str) or not url:
         raise RequestError(f'{name} needs {{"url": "data:image/…;base64,…"}}', name)
+    # A model sees a picture in its own sizes, whatever is asked for.
+    detail = (value if isinstance(value, Mapping) else part).get("detail")
+    if detail is not None and detail not in DETAILS:
+        raise RequestError(f"{name}.detail must be one of {', '.join(DETAILS)}, got {detail!r:.40}", name)
     return MediaSource(kind, url, name)
 
 

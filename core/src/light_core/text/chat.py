@@ -226,11 +226,13 @@ class MediaContent:
 
     def content(self, index: int, parts: Any, change: Callable[[str], str]) -> Any:
         """The content of message `index`: `parts` is a string, null or a list of parts; `change` is for its texts."""
-        # Texts side by side are one text before they are changed: no part of a special token hides in each of two.
+        # Texts side by side are one text before they are changed: no part of a special token hides in each of two. A template that
+        # takes parts would write them one after the other.
         pieces: list[str | _Item] = []
+        between = "" if self._as_parts else "\n"
         for piece in _parts(index, parts, self):
             if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += "\n" + piece
+                pieces[-1] += between + piece
             else:
                 pieces.append(piece)
         shown = [piece if isinstance(piece, _Item) else self._literal(change(piece)) for piece in pieces]
@@ -301,7 +303,8 @@ def _parts(index: int, content: Any, media: MediaContent | None) -> "list[str | 
             pieces.append(media.take(_MEDIA_PARTS[kind], part, f"messages[{index}].content[{number}].{kind}"))
             continue
         if kind not in _TEXT_PARTS:
-            raise RequestError(f"messages[{index}].content: this model takes parts of type text, got {kind!r:.60}", "messages")
+            taken = "text" if media is None else "text and image_url"
+            raise RequestError(f"messages[{index}].content: this model takes parts of type {taken}, got {kind!r:.60}", "messages")
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise RequestError(f"messages[{index}].content: a part of type {kind} needs a string", "messages")
