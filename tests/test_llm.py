@@ -83,6 +83,22 @@ def assert_idle(llm: LLM) -> None:
         engine.scheduler.tree.check()
 
 
+def test_preempted_greedy_equals_transformers(tiny: tuple[str, Any], expected: list[list[int]]) -> None:
+    small = engine(tiny[0], max_total_tokens=96, max_model_len=96, max_num_seqs=8, max_num_batched_tokens=24)
+    expect_little(small)
+    # Who ignores the end is known to be as long as it may be.
+    found = run(small, prompts(6), GREEDY.replace(ignore_eos=False))
+    ends = [tokens.index(2) + 1 if 2 in tokens else len(tokens) for tokens in expected]
+    assert found == [tokens[:end] for tokens, end in zip(expected, ends, strict=True)]
+    assert small.engine.stats().preemptions > 0
+    assert_idle(small)
+
+
+def expect_little(llm: LLM) -> None:
+    """Outputs of one token teach the scheduler to expect little, so that it admits too many of those that come then."""
+    run(llm, [[5]] * 64, SamplingParams(allowed_token_ids=[9], stop_token_ids=[9]))
+
+
 WAYS = {
     "plain": {},
     "ahead": {"async_planning": True},
@@ -104,8 +120,7 @@ WAYS = {
 def test_preempted_requests_say_what_they_would_have_said(llama: tuple[str, Any], params: SamplingParams, options: dict[str, Any]) -> None:
     params = params.replace(max_tokens=60, banned_token_ids=[2])
     small = engine(llama[0], max_total_tokens=128, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=24, **options)
-    # Outputs of one token teach the scheduler to expect little, so that it admits too many of those that come then.
-    run(small, [[5]] * 64, SamplingParams(allowed_token_ids=[9], stop_token_ids=[9]))
+    expect_little(small)
     given = [{"prompt_token_ids": prompt} for prompt in prompts(12, seed=7, high=30)]
     found = small.generate(given, params, use_tqdm=False)
     assert small.engine.stats().preemptions > 2

@@ -3,7 +3,7 @@
 Each case is compared with its reference first; a wrong one prints no number and the program ends with status 1. Bytes
 are those of the experts that the tokens go to, once each, and of tokens and results; tokens choose experts at random, as
 in a model that is balanced. "route" is the router's product and the choice, "sort" what comes before the first product of
-several tokens.
+several tokens. "fp8 experts" are those of `FLOAT8`, whose weights stay in float8; `--models` without a name measures them alone.
 
 `--sweep FILE` finds launch parameters instead (`experts_sweep.py`): it prints the best five for each product with their
 share of the floor, and writes the best to FILE, beside what FILE has or else what is installed:
@@ -27,6 +27,7 @@ from light_sdk.layers.experts import Routing
 from light_sdk.ops.fused_experts import reference
 from light_sdk.ops.fused_experts.sorting import sort_pairs
 from light_sdk.ops.fused_experts.tuning import experts_config
+from light_sdk.ops.linear_fp8_block.reference import dequantize_blocks
 
 MODELS = {
     "mixtral-8x7b": Model(Routing(8, 2, renormalize=True), 4096, 14336),
@@ -37,6 +38,10 @@ MODELS = {
     "olmoe": Model(Routing(64, 8), 2048, 1024),
 }
 DEFAULT = ("mixtral-8x7b", "deepseek-v2-lite", "qwen3-30b-a3b")
+FLOAT8 = Model(Routing(64, 8), 7168, 2048)
+"""DeepSeek-V3's sizes, with a quarter of its experts: 2.8 GB a layer."""
+MEAN_TOLERANCE = 0.06
+"""Of float8: activations are rounded to three bits on the way, twice."""
 EXACT = ("deepseek-v2-lite",)
 """Whose routers are in float32."""
 TOKENS = (1, 8, 64, 256, 2048, 8192)
@@ -56,6 +61,20 @@ class ExpertsCase(Case):
         self.run()
         found = relative_error(self.out, expected)
         return None if found <= TOLERANCE else f"differs from the reference by up to {found:.3g} of its size"
+
+
+@dataclass
+class Float8Case(ExpertsCase):
+    """A case whose activations are quantised on the way: held to what the weights mean, by the mean error."""
+
+    def error(self) -> str | None:
+        """What is wrong with one call's results, or None."""
+        assert self.out is not None
+        (expected,) = self.expected()
+        self.out.fill_(float("nan"))
+        self.run()
+        found = ((self.out.float() - expected.float()).abs().mean() / expected.float().square().mean().sqrt()).item()
+        return None if found <= MEAN_TOLERANCE else f"differs from what the weights mean by {found:.3g} of its size on average"
 
 
 @dataclass
@@ -115,6 +134,41 @@ def cases(name: str, tokens: Sequence[int], ops: OpTable, references: OpTable) -
         yield ExpertsCase("fused_experts", f"{name} {num_tokens}", run, (inputs.out,), expected, num_bytes, flops, out=inputs.out)
 
 
+def float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[X, O, I]`: in float8, the scales of its blocks, and what they mean in `DTYPE`."""
+    (num_experts, outputs, inputs), device = weight.shape, weight.device
+    values = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scales = torch.rand(num_experts, -(-outputs // 128), -(-inputs // 128), device=device).add_(0.5).mul_(0.01 * inputs**-0.5)
+    meant = torch.empty_like(weight)
+    for one, value, scale, product in zip(weight, values, scales, meant):
+        value.copy_((one.float() * (100 / one.float().std())).clamp(-448, 448))
+        product.copy_(dequantize_blocks(value, scale))
+    return values, scales, meant
+
+
+def float8_cases(model: Model, tokens: Sequence[int], ops: OpTable) -> Iterator[Case]:
+    layer, (num_experts, size_e, size_i) = Layer(model), model.shape
+    gate_up, gate_up_scale, layer.gate_up = float8(layer.gate_up)
+    down, down_scale, layer.down = float8(layer.down)
+    fused_experts = ops.select(
+        "fused_experts_fp8_block", hidden_size=size_e, intermediate_size=size_i, num_experts=num_experts, activation="silu"
+    )
+    for num_tokens in tokens:
+        inputs = Inputs(layer, num_tokens)
+
+        def run(inputs=inputs):
+            fused_experts(inputs.out, inputs.x, gate_up, gate_up_scale, down, down_scale, inputs.weights, inputs.ids, "silu")
+
+        def expected(inputs=inputs):
+            return on_copies(lambda out: reference.fused_experts(out, *inputs.arguments, "silu"), inputs.out)
+
+        num_bytes = inputs.num_needed * 3 * size_e * size_i + 4.0 * inputs.x.numel()
+        # Twice the rate of bfloat16.
+        flops = 3.0 * inputs.ids.numel() * size_e * size_i
+        name = f"{num_experts} x {size_e} x {size_i}, {num_tokens}"
+        yield Float8Case("fp8 experts", name, run, (inputs.out,), expected, num_bytes, flops, out=inputs.out)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="*", choices=tuple(MODELS), default=DEFAULT)
@@ -140,6 +194,7 @@ def main() -> int:
         for name in arguments.models
         for case in cases(name, arguments.tokens, ops, references)
     ]
+    right += [report(case, arguments.bandwidth, arguments.flops) for case in float8_cases(FLOAT8, arguments.tokens, ops)]
     return 0 if all(right) else 1
 
 

@@ -104,9 +104,9 @@ def quantization_config(block: tuple[int, int]) -> dict[str, Any]:
     return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(block)}
 
 
-def create_float8(block: tuple[int, int]) -> Any:
+def create_float8(block: tuple[int, int], **changes: int) -> Any:
     """transformers' model of rounded weights, which saves itself in float8."""
-    source = create_model(DeepseekV3Config(**TINY))
+    source = create_model(DeepseekV3Config(**TINY | changes))
     round_weights(source, block)
     source.save_pretrained = Float8Saver(source.save_pretrained, block)
     return source
@@ -176,6 +176,18 @@ def test_kept_weights_come_close(folder: Path) -> None:
     exact = prefill(load_model(folder, PLUGINS), PROMPT)
     error = (prefill(kept, PROMPT) - exact).abs().mean() / exact.std()
     assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 192}, {"q_lora_rank": 96}, {"moe_intermediate_size": 96}], ids=str)
+def test_widths_that_end_within_a_block(changes: dict[str, int], tmp_path: Path) -> None:
+    """What is merged of them is multiplied out, on Hopper too; the rest is kept."""
+    quantization = {"quantization_config": quantization_config((128, 128))}
+    save_model(create_float8((128, 128), **changes), tmp_path, lambda config: config | quantization)
+    references = dict.fromkeys((*OPS, "fused_experts", "gated_linear"), "reference")
+    kept = load_model(tmp_path, PLUGINS, machine=Machine("cuda", (9, 0), "NVIDIA H200"), kernels=references)
+    assert any(parameter.dtype == torch.float8_e4m3fn for module in kept.modules.values() for parameter in module.parameters())
+    exact = prefill(load_model(tmp_path, PLUGINS), PROMPT)
+    assert (prefill(kept, PROMPT) - exact).abs().mean() / exact.std() < 0.1
 
 
 @pytest.mark.gpu

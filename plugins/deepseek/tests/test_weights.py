@@ -1,5 +1,6 @@
 """Checkpoints as they are published: every name of them has a place, and the layers behind the last are left out."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,8 +67,8 @@ def layer_names(name: str, is_dense: bool) -> Iterator[str]:
             yield "mlp.gate.e_score_correction_bias"
 
 
-def bind_published(name: str, machine: Machine) -> ModelRuntime:
-    """The model's modules on "meta"."""
+def bind_published(name: str, machine: Machine, folder: str = "") -> ModelRuntime:
+    """The model's modules on "meta"; `folder` has the checkpoint's index."""
     shape = SHAPES[name]
     kind = DeepseekV3Config if name == "V3" else DeepseekV2Config
     config = kind(
@@ -96,16 +97,29 @@ def bind_published(name: str, machine: Machine) -> ModelRuntime:
         device="meta",
         limits=Limits(4096, 8, 512),
         quantization="fp8" if name == "V3" else None,
+        folder=folder,
         machine=machine,
     )
 
 
 @pytest.mark.parametrize(("name", "machine"), [("V2-Lite", HOPPER), ("V2", HOPPER), ("V3", HOPPER), ("V3", AMPERE)], ids=str)
-def test_published_checkpoints_fit(name: str, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+def test_published_checkpoints_fit(name: str, machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = list(published_names(name))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     with caplog.at_level(logging.INFO, logger="light_deepseek"):
-        runtime = bind_published(name, machine)
-    check_names(runtime.modules, runtime.weight_plan, published_names(name), "published")
+        runtime = bind_published(name, machine, str(tmp_path))
+    check_names(runtime.modules, runtime.weight_plan, names, "published")
     assert ("multi-token prediction: 1 layer" in caplog.text) == (name == "V3")
+
+
+def test_no_further_layer_no_word_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers' configuration of V3 has one unless it is told otherwise."""
+    names = [name for name in published_names("V3") if not name.startswith("model.layers.61.")]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    with caplog.at_level(logging.INFO, logger="light_deepseek"):
+        runtime = bind_published("V3", AMPERE, str(tmp_path))
+    check_names(runtime.modules, runtime.weight_plan, names, "published")
+    assert "multi-token prediction" not in caplog.text
 
 
 def test_a_missing_expert_is_named() -> None:

@@ -5,7 +5,7 @@ Such a checkpoint (DeepSeek-V3, arXiv 2412.19437, section 3.3) has beside "….w
 is multiplied out when it is loaded. Not here: the modules that multiply (`light_sdk.layers.block_fp8`). Imports no torch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,16 @@ class BlockFP8:
 
     Attributes:
         block: rows and columns that share a scale.
-        is_native: the weights stay in float8; otherwise they are multiplied out when they are loaded.
+        is_native: the weights stay in float8 where `keeps` says so; otherwise they are multiplied out when they are loaded.
     """
 
     block: tuple[int, int]
     is_native: bool
+
+    def keeps(self, sizes: Sequence[int]) -> bool:
+        """Whether weights of so many rows, one below the other, stay in float8: not where one but the last ends within a block,
+        whose scale would be that of two."""
+        return self.is_native and not any(size % BLOCK for size in sizes[:-1])
 
     def dequantize(self, weight: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
         """float32 `[O, I]` of a weight in float8 and its scales `[ceil(O / rows), ceil(I / columns)]`.
@@ -118,7 +123,7 @@ class BlockFP8PlanBuilder(WeightPlanBuilder):
         if self.fp8 is None:
             super().merged_linear(param, parts, bias)
             return
-        self._stack(f"{param}.weight", f"{param}.weight_scale", parts)
+        self._stack(f"{param}.weight", f"{param}.weight_scale", parts, self.fp8.keeps([rows for _, rows in parts]))
         if bias:
             self.merge(f"{param}.bias", [(f"{source}.bias", rows) for source, rows in parts])
 
@@ -136,9 +141,10 @@ class BlockFP8PlanBuilder(WeightPlanBuilder):
             return
         assert not fused, "no float8 checkpoint has its experts in one tensor"
         (num_experts, hidden_size, intermediate_size), (gate, up, down) = sizes, parts
+        keeps = self.fp8.keeps((intermediate_size, intermediate_size))
         gate_up = [(f"{source}.{i}.{part}", intermediate_size) for i in range(num_experts) for part in (gate, up)]
-        self._stack(f"{param}.gate_up", f"{param}.gate_up_scale", gate_up)
-        self._stack(f"{param}.down", f"{param}.down_scale", [(f"{source}.{i}.{down}", hidden_size) for i in range(num_experts)])
+        self._stack(f"{param}.gate_up", f"{param}.gate_up_scale", gate_up, keeps)
+        self._stack(f"{param}.down", f"{param}.down_scale", [(f"{source}.{i}.{down}", hidden_size) for i in range(num_experts)], keeps)
 
     def dequantized(self, source: str, param: str) -> None:
         """ "{source}.weight" fills the whole of `param`, multiplied out on any machine."""
@@ -148,13 +154,13 @@ class BlockFP8PlanBuilder(WeightPlanBuilder):
             extras = (f"{source}.weight_scale_inv",)
             self._placements.append(Placement(f"{source}.weight", param, transform=self.fp8.dequantize, extras=extras))
 
-    def _stack(self, param: str, scale_param: str, parts: Iterable[tuple[str, int]]) -> None:
-        """The weights of `(source, rows)` follow one another in the rows of `param`, kept scales in those of
-        `scale_param`."""
+    def _stack(self, param: str, scale_param: str, parts: Iterable[tuple[str, int]], keeps: bool) -> None:
+        """The weights of `(source, rows)` follow one another in the rows of `param`, and where it `keeps` them in float8 their scales
+        in those of `scale_param`."""
         assert self.fp8 is not None
         first = first_block = 0
         for source, rows in parts:
-            if self.fp8.is_native:
+            if keeps:
                 blocks = -(-rows // BLOCK)
                 self._placements.append(Placement(f"{source}.weight", param, first, rows))
                 self._placements.append(Placement(f"{source}.weight_scale_inv", scale_param, first_block, blocks))

@@ -11,7 +11,17 @@ from light_core.errors import CheckpointError, ModelError
 from light_core.ops import KernelRegistry, Machine, OpTable
 from light_core.types import Family, Limits, ModelContext
 from light_sdk import hooks
-from light_sdk.layers import BlockFP8GatedMLP, BlockFP8Linear, GatedMLP, MergedLinear, create_gated_mlp, create_linear
+from light_sdk.layers import (
+    BlockFP8Experts,
+    BlockFP8GatedMLP,
+    BlockFP8Linear,
+    Experts,
+    GatedMLP,
+    MergedLinear,
+    create_experts,
+    create_gated_mlp,
+    create_linear,
+)
 from light_sdk.ops.linear_fp8_block.reference import dequantize_blocks, linear_fp8_block
 from light_sdk.quantization import BlockFP8, BlockFP8PlanBuilder, block_fp8
 
@@ -56,9 +66,18 @@ def test_other_float8_is_refused(change) -> None:
         block_fp8(context(HOPPER, FP8 | change))
 
 
-def test_merged_outputs_end_with_their_blocks() -> None:
+def test_merged_outputs_that_end_within_a_block_are_multiplied_out() -> None:
+    model = context(HOPPER)
+    assert type(create_linear(model, 128, (64, 128))) is MergedLinear
+    assert type(create_linear(model, 128, (128, 64))) is BlockFP8Linear
     with pytest.raises(ModelError, match="multiples of 128"):
-        create_linear(context(HOPPER), 128, (64, 128))
+        BlockFP8Linear(model, 128, (64, 128))
+    mlp = create_gated_mlp(model, 128, 192, "silu")
+    assert type(mlp.gate_up) is MergedLinear and type(mlp.down) is BlockFP8Linear
+    assert type(create_experts(model, 128, 192, 2, "silu")) is Experts
+    assert type(create_experts(model, 192, 128, 2, "silu")) is BlockFP8Experts
+    with pytest.raises(ModelError, match="multiple of 128"):
+        BlockFP8Experts(model, 128, 192, 2, "silu")
 
 
 def quantized(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,12 +86,14 @@ def quantized(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.T
     return weight, torch.rand(-(-rows // 128), -(-columns // 128), generator=generator) * 1e-3
 
 
+@pytest.mark.parametrize("inner", [256, 192])
 @pytest.mark.parametrize("machine", [HOPPER, CPU], ids=["kept", "multiplied out"])
-def test_layers_from_a_checkpoint(machine, tmp_path) -> None:
-    """A merged product with bias, a feed-forward block and a plain parameter, as a family's plan has them."""
+def test_layers_from_a_checkpoint(machine, inner, tmp_path) -> None:
+    """A merged product with bias, a feed-forward block (of an inner width that ends within a block, too) and a plain parameter, as
+    a family's plan has them."""
     from safetensors.torch import save_file
 
-    model, width, inner = context(machine), 200, 256
+    model, width = context(machine), 200
     tensors, meant = {"down.bias": torch.randn(width)}, {}
     for seed, (name, rows, columns) in enumerate(
         [("q", 128, width), ("kv", 70, width), ("gate", inner, width), ("up", inner, width), ("down", width, inner), ("b", 60, 40)]

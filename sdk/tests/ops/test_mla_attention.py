@@ -7,6 +7,7 @@ from importlib import resources
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from light_core.types import Step
 from light_sdk.ops.mla_attention import cpu, reference, tuning
@@ -51,6 +52,29 @@ def test_definition(implementation, sizes, mix, make_latents, tolerances) -> Non
     batch = make_latents(*MIXES[mix], sizes)
     implementation(*batch.arguments, 0.3)
     torch.testing.assert_close(batch.out.double(), dense(batch, 0.3), **tolerances(torch.float32))
+
+
+def test_cpu_by_heads(make_latents, tolerances, monkeypatch) -> None:
+    """Keys and values of a request that is too long are made of one head at a time."""
+    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 1)
+    batch = make_latents(*MIXES["mixed"], ODD)
+    attend, sizes = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        cpu.F, "scaled_dot_product_attention", lambda q, k, v, **options: sizes.append(k.shape) or attend(q, k, v, **options)
+    )
+    cpu.mla_attention(*batch.arguments, 0.3)
+    torch.testing.assert_close(batch.out.double(), dense(batch, 0.3), **tolerances(torch.float32))
+    num_chunks = batch.step.num_seqs - batch.step.num_decodes
+    assert [shape[1] for shape in sizes] == [1] * batch.q.shape[1] * num_chunks
+
+
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_pieces_of_a_prefix_fit_their_workspace(num_heads) -> None:
+    """Heads of 128 and 128 in bfloat16, as published models have them."""
+    from light_sdk.ops.mla_attention.prefill import PIECE_BYTES, fitting_piece_len
+
+    q, kv_b = torch.empty(1, num_heads, 192, dtype=torch.bfloat16), torch.empty(num_heads, 256, 8, dtype=torch.bfloat16)
+    assert PIECE_BYTES // 4 <= fitting_piece_len(q, kv_b) * num_heads * 256 * 2 <= PIECE_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

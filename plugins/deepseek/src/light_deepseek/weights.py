@@ -5,6 +5,7 @@ import logging
 from light_deepseek.config import DeepseekShape
 from light_sdk import ModelContext, WeightPlan
 from light_sdk.quantization import BlockFP8PlanBuilder, block_fp8
+from light_sdk.weights import stored_names
 
 __all__ = ["weight_plan"]
 
@@ -31,10 +32,13 @@ def weight_plan(model: ModelContext) -> WeightPlan:
         plan.ignore(r"lm_head\.weight")
     else:
         plan.copy("lm_head.weight", "post.head.weight")
-    for i in range(shape.num_layers, shape.num_layers + shape.num_mtp_layers):
+    further = range(shape.num_layers, shape.num_layers + shape.num_mtp_layers)
+    for i in further:
         plan.ignore(rf"layers\.{i}\..*")
-    if shape.num_mtp_layers:
-        logger.info("multi-token prediction: %d layer(s) of the checkpoint are not used", shape.num_mtp_layers)
+    # transformers' configuration has such a layer where config.json says nothing of it.
+    stored = {name.split(".")[2] for name in stored_names(model.folder) if name.startswith("model.layers.")}
+    if unused := stored.intersection(map(str, further)):
+        logger.info("multi-token prediction: %d layer(s) of the checkpoint are not used", len(unused))
     plan.ignore(r".*\.rotary_emb\.inv_freq")
     return plan.build()
 

@@ -9,7 +9,7 @@ dtype, and every op is selected in the constructor (`ModelContext.ops`). The cal
     attention.py  attention over the KV pool, ALiBi            mlp.py        feed-forward blocks
     media.py      a module in another's place; the pre layer of models that take media
     vision.py     patches and layers of vision transformers
-    latent_attention.py  attention over latents (DeepSeek's multi-head latent attention)
+    latent_attention.py  multi-head latent attention: keys and values as one latent
     experts.py    router and experts of sparse models
     residual.py   a block's result, added to the residual by the block itself or by the next norm
     wanted.py     what goes on behind the last layer's attention

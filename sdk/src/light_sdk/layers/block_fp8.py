@@ -30,13 +30,9 @@ __all__ = [
 
 
 def create_linear(model: ModelContext, in_features: int, out_features: Sequence[int], bias: bool = False) -> MergedLinear:
-    """A product with one output or several, in float8 where the weights stay in it.
-
-    Raises:
-        ModelError: as `BlockFP8Linear`.
-    """
+    """A product with one output or several, in float8 where the weights stay in it."""
     fp8 = block_fp8(model)
-    kind = BlockFP8Linear if fp8 is not None and fp8.is_native else MergedLinear
+    kind = BlockFP8Linear if fp8 is not None and fp8.keeps(out_features) else MergedLinear
     return kind(model, in_features, out_features, bias)
 
 
@@ -48,13 +44,9 @@ def create_gated_mlp(model: ModelContext, hidden_size: int, intermediate_size: i
 
 
 def create_experts(model: ModelContext, hidden_size: int, intermediate_size: int, num_experts: int, activation: str) -> Experts:
-    """Experts without their router, in float8 where the weights stay in it.
-
-    Raises:
-        ModelError: as `BlockFP8Experts`.
-    """
+    """Experts without their router, in float8 where the weights stay in it."""
     fp8 = block_fp8(model)
-    kind = BlockFP8Experts if fp8 is not None and fp8.is_native else Experts
+    kind = BlockFP8Experts if fp8 is not None and fp8.keeps((intermediate_size, intermediate_size)) else Experts
     return kind(model, hidden_size, intermediate_size, num_experts, activation)
 
 
@@ -101,12 +93,13 @@ class BlockFP8Linear(MergedLinear):
 
 
 class BlockFP8GatedMLP(GatedMLP):
-    """As `GatedMLP`, with float8 weights and without biases."""
+    """As `GatedMLP`, with float8 weights and without biases; gate and up are multiplied out where they end within a block."""
 
     def __init__(self, model: ModelContext, hidden_size: int, intermediate_size: int, activation: str) -> None:
         nn.Module.__init__(self)
         self.activation = canonical_name(activation)
-        self.gate_up = BlockFP8Linear(model, hidden_size, (intermediate_size, intermediate_size))
+        merged = MergedLinear if intermediate_size % BLOCK else BlockFP8Linear
+        self.gate_up = merged(model, hidden_size, (intermediate_size, intermediate_size))
         self.down: Linear = BlockFP8Linear(model, intermediate_size, (hidden_size,))
         self._act_and_mul = model.ops.select("act_and_mul", activation=self.activation, intermediate_size=intermediate_size)
 

@@ -26,7 +26,7 @@ class Router(nn.Module):
         model: the model being built.
         hidden_size: of the tokens.
         routing: how experts are chosen.
-        exact: compute the scores in float32, with a weight kept in it, as DeepSeek does; else in the model's dtype.
+        exact: compute the scores in float32, with a weight kept in it; else in the model's dtype.
     """
 
     def __init__(self, model: ModelContext, hidden_size: int, routing: Routing, exact: bool = False) -> None:

@@ -4,7 +4,7 @@
     rms_norm     RMSNorm, residual addition fused            write_kv     keys and values of a step into the KV pool
     layer_norm   LayerNorm, residual addition fused          act_and_mul  gated activation (SwiGLU, GEGLU)
     attention    causal attention over token-indexed KV      activation   element-wise activation
-    mla_attention  causal attention over latents (DeepSeek)  write_latent latent and rotary key of a step into the pool
+    mla_attention  causal attention over latents            write_latent latent and rotary key of a step into the pool
     rotary_kv    rotary, then write_kv, in one kernel        gated_linear linear, then act_and_mul, in one kernel
     route_experts  which experts a token goes to, top-k      fused_experts  products of sparse feed-forward blocks
     route_tokens   the router's product, then route_experts  latent_attention  write_latent, then mla_attention

@@ -15,7 +15,7 @@ takes it too and penalties or biases still act. `step_delay_ms` of config.json m
 
 With `echo_media` "flat" or "grid" it sees pictures too, at the token "<image>". A picture takes a token for every 16 by 16
 pixels (or a part of that), and counts as a token `picture_values` says for each, which depends on every pixel; so a picture
-that is not there, or another one, shows in the output. "grid" also gives it positions of three axes, as Qwen2-VL has them,
+that is not there, or another one, shows in the output. "grid" also gives it positions of three axes, as some families have,
 and adds p_0 + 2 p_1 + 3 p_2 to each token before the rule. A magenta first pixel makes the encoder fail, a green one the
 preprocessing.
 

@@ -1,4 +1,5 @@
-"""`mla_attention` on CPUs: absorbed for decodes, decompressed for prefill chunks, one request at a time in plain torch."""
+"""`mla_attention` on CPUs: absorbed for decodes, decompressed for prefill chunks, one request at a time in plain torch, and of a
+long one some heads at a time."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +7,9 @@ import torch.nn.functional as F
 from light_core.types import Step
 
 __all__ = ["mla_attention"]
+
+WORKSPACE_BYTES = 256 << 20
+"""Keys and values that are decompressed at once, if that is enough for one head of a request."""
 
 
 def mla_attention(
@@ -40,9 +44,18 @@ def _decode(q_HC: torch.Tensor, kept_NC: torch.Tensor, w_uv_HOL: torch.Tensor, s
 def _prefill(q_THD: torch.Tensor, kept_NC: torch.Tensor, kv_b_HXL: torch.Tensor, key_dim: int, scale: float) -> torch.Tensor:
     """`[T, H, O]`: attention over keys and values that are made of the latents of the whole request."""
     (query_len, num_heads, _), seq_len, rank = q_THD.shape, kept_NC.shape[0], kv_b_HXL.shape[-1]
-    kv_HNX = torch.matmul(kept_NC[:, :rank], kv_b_HXL.transpose(1, 2))
-    keys = torch.cat((kv_HNX[..., :key_dim], kept_NC[None, :, rank:].expand(num_heads, -1, -1)), dim=-1)
     positions = torch.arange(seq_len)
     seen = positions <= positions[seq_len - query_len :, None]
-    out = F.scaled_dot_product_attention(q_THD.transpose(0, 1)[None], keys[None], kv_HNX[None, ..., key_dim:], attn_mask=seen, scale=scale)
-    return out[0].transpose(0, 1)
+    out_THO = q_THD.new_empty(query_len, num_heads, kv_b_HXL.shape[1] - key_dim)
+    # The rotary key is copied to each head, too.
+    head_bytes = seq_len * (kv_b_HXL.shape[1] + q_THD.shape[-1]) * q_THD.element_size()
+    size = max(1, WORKSPACE_BYTES // head_bytes)
+    for first in range(0, num_heads, size):
+        group = slice(first, first + size)
+        kv_HNX = torch.matmul(kept_NC[:, :rank], kv_b_HXL[group].transpose(1, 2))
+        keys = torch.cat((kv_HNX[..., :key_dim], kept_NC[None, :, rank:].expand(len(kv_HNX), -1, -1)), dim=-1)
+        q, values = q_THD[:, group].transpose(0, 1), kv_HNX[..., key_dim:]
+        out_THO[:, group] = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=seen, scale=scale)[0].transpose(
+            0, 1
+        )
+    return out_THO

@@ -25,7 +25,7 @@ __all__ = ["GROUP_RULES", "SCORINGS", "Routing", "route_experts"]
 SCORINGS = ("softmax", "sigmoid")
 GROUP_RULES = ("max", "top2_sum")
 LEAST_SUM = 1e-20
-"""Added to a sum of weights before it divides, as DeepSeek-V3 does; below float32's resolution for softmax."""
+"""Added to a sum of weights before it divides, as published models of sigmoid scores do; below float32's resolution for softmax."""
 
 
 @dataclass(frozen=True, slots=True)
