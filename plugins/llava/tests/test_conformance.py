@@ -1,20 +1,29 @@
 """LLaVA against transformers with pictures in the prompts, by the standard checks: preprocessing, tower, projector, logits.
 
-transformers' own image processors make the pixels of the reference; ours come from the same pictures as PPM.
+transformers' own image processors make the pixels of the reference; ours come from the same pictures as PPM. Variants named
+"original" are checkpoints as LLaVA's authors published them: 1.5 over Llama with pictures between bars, 1.6 over Mistral with
+tiles, both with the tower's weights among their own.
 """
 
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from light_llava.images import MEAN
 from light_sdk import MediaTokens
 from light_sdk.testing import FamilyConformance
+from light_sdk.testing.conformance import Case
+from light_sdk.testing.loading import load_model
 from light_sdk.testing.reference import PREFIX_LEN, Trace, create_model, trace
 
 IMAGE_TOKEN, SIDE = 100, 28
@@ -37,6 +46,37 @@ VISION = {
     "projection_dim": 16,
 }
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
+ORIGINAL_PINPOINTS = [[SIDE, 2 * SIDE], [SIDE, 3 * SIDE]]
+"""Not the same with heights and widths exchanged."""
+ORIGINAL_NAMES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("image_newline", "model.image_newline"),
+)
+"""How tensors' names begin for transformers, and for the authors."""
+EYES = {
+    "mm_hidden_size": VISION["hidden_size"],
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+}
+"""The authors' entries of config.json, which stand beside the text model's."""
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "original": {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "image_aspect_ratio": "pad"},
+    "original-mistral": {
+        "architectures": ["LlavaMistralForCausalLM"],
+        "model_type": "llava_mistral",
+        "sliding_window": 16,
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_grid_pinpoints": [[width, height] for height, width in ORIGINAL_PINPOINTS],
+    },
+}
+"""Variants in the authors' layout, and what their config.json has beside `TEXT` and `EYES`."""
 LENS = (45, 5, 27, 29)
 CONTENTS: tuple[tuple[int | str, ...], ...] = ((3, "wide", 9, "tall"), (), (2, "tall"), (2, "tall"))
 """Tokens of text and pictures at the beginning of each prompt; text fills it up."""
@@ -69,15 +109,56 @@ def llava(vision: dict[str, Any] | None = None, text: Any = None, **changes: Any
 
 def llava_next(text: Any = None, **changes: Any) -> LlavaNextConfig:
     parts = {"vision_config": CLIPVisionConfig(**VISION), "text_config": text or LlamaConfig(**TEXT)}
-    return LlavaNextConfig(**parts, image_token_index=IMAGE_TOKEN, image_grid_pinpoints=PINPOINTS, **changes)
+    return LlavaNextConfig(**parts, image_token_index=IMAGE_TOKEN, **{"image_grid_pinpoints": PINPOINTS} | changes)
 
 
-def pixels(config: Any, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-    """What transformers' processor makes of `pictures`."""
+def pixels(name: str, config: Any, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of `pictures` for the variant `name`."""
     sides = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    tiles = config.model_type == "llava_next"
-    processor = LlavaNextImageProcessorPil(**sides, image_grid_pinpoints=PINPOINTS) if tiles else CLIPImageProcessorPil(**sides)
+    processor: Any
+    if config.model_type == "llava_next":
+        processor = LlavaNextImageProcessorPil(**sides, image_grid_pinpoints=config.image_grid_pinpoints)
+    else:
+        processor = LlavaImageProcessorPil(**sides, do_pad=True) if name in ORIGINALS else CLIPImageProcessorPil(**sides)
     return dict(processor(images=pictures, return_tensors="pt"))
+
+
+class OriginalSaver:
+    """In the place of a model's `save_pretrained`: writes its checkpoint in the authors' layout.
+
+    The tower's folder, which has its sizes alone, is written once, below the first checkpoint; all of them name it.
+
+    Args:
+        save: the model's own `save_pretrained`.
+        entries: of `ORIGINALS`.
+    """
+
+    def __init__(self, save: Callable[..., None], entries: Mapping[str, Any]) -> None:
+        self.save, self.entries = save, entries
+        self.tower: Path | None = None
+
+    def __call__(self, folder: Path, **settings: Any) -> None:
+        self.save(folder, **settings)
+        files = {}
+        for file in folder.glob("*.safetensors"):
+            tensors = {original_name(name): tensor for name, tensor in load_file(file).items()}
+            save_file(tensors, file, {"format": "pt"})
+            files |= dict.fromkeys(tensors, file.name)
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        if self.tower is None:
+            self.tower = folder / "clip-vit-tiny"
+            self.tower.mkdir()
+            vision = VISION | {"model_type": "clip_vision_model"}
+            (self.tower / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+        (folder / "config.json").write_text(json.dumps(TEXT | EYES | self.entries | {"mm_vision_tower": str(self.tower)}))
+
+
+def original_name(name: str) -> str:
+    """The authors' name of transformers' tensor `name`."""
+    old, new = next((old, new) for old, new in ORIGINAL_NAMES if name.startswith(old))
+    return new + name.removeprefix(old)
 
 
 class TestConformance(FamilyConformance):
@@ -94,11 +175,18 @@ class TestConformance(FamilyConformance):
             ),
             "next-mistral": llava_next(text=MistralConfig(**TEXT, sliding_window=16)),
             "last-layer-tied": llava(vision_feature_layer=-1, text=LlamaConfig(**TEXT, tie_word_embeddings=True)),
+            "original": llava(),
+            "original-mistral": llava_next(
+                text=MistralConfig(**TEXT, sliding_window=ORIGINALS["original-mistral"]["sliding_window"]),
+                image_grid_pinpoints=ORIGINAL_PINPOINTS,
+            ),
         }
 
     def create_source(self, name: str) -> Any:
         source = create_model(self.configs()[name], factory=AutoModelForImageTextToText)
         source.config.vocab_size = TEXT["vocab_size"]
+        if name in ORIGINALS:
+            source.save_pretrained = OriginalSaver(source.save_pretrained, ORIGINALS[name])
         return source
 
     def create_traces(self, name: str, source: Any) -> list[Trace]:
@@ -109,7 +197,7 @@ class TestConformance(FamilyConformance):
         for text, contents, length in zip(words, CONTENTS, LENS, strict=True):
             prompt: list[int] = []
             pictures = [PICTURES[item] for item in contents if isinstance(item, str)]
-            media = pixels(source.config, pictures) if pictures else {}
+            media = pixels(name, source.config, pictures) if pictures else {}
             counts = iter([len(part) for part in source.get_image_features(**media).pooler_output] if pictures else ())
             for item in contents:
                 prompt += [IMAGE_TOKEN] * next(counts) if isinstance(item, str) else text[len(prompt) : len(prompt) + item]
@@ -134,5 +222,16 @@ class TestConformance(FamilyConformance):
         return {"image": MediaTokens(embeddings, torch.tensor(rows, device=device))}
 
     def rewrite_config(self, name: str, config: dict[str, Any]) -> dict[str, Any]:
-        config.pop("vocab_size", None)  # the reference's own entry, for prompts
+        if name not in ORIGINALS:
+            config.pop("vocab_size", None)  # the reference's own entry, for prompts
         return config
+
+    def test_pixels_are_normalised_in_float32(self, case: Case) -> None:
+        """Whatever the model's dtype: bfloat16 has no 0.48145466."""
+        module = load_model(case.folder, self.plugins, dtype="bfloat16").media_encoders[0].module
+        assert module.mean.flatten().tolist() == torch.tensor(MEAN).tolist() and module.std.dtype == torch.float32
+
+    def test_the_placeholder_is_a_token_where_the_vocabulary_has_it(self, case: Case) -> None:
+        (encoder,) = case.runtime.media_encoders
+        assert (encoder.placeholder, encoder.token_id) == ("<image>", None if case.name in ORIGINALS else IMAGE_TOKEN)
+        assert case.name != "original-mistral" or case.runtime.model.config.model_type == "mistral"

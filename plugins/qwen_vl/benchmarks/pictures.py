@@ -186,7 +186,7 @@ def measure_encoders(names: list[str]) -> int:
     import torch
     from torch.nn.attention import sdpa_kernel
 
-    from light_qwen_vl.graphs import PLANNED, SEEN, UNPLANNED
+    from light_sdk.graphs import PLANNED, SEEN, UNPLANNED
 
     wrong = 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; floor at {MATRIX_RATE / 1e12:.0f} TFLOP/s")

@@ -3,6 +3,7 @@
     light_sdk           hookimpl, Family, ModelContext, Step, KVLayout, …: what hooks are given and answer with
     light_sdk.layers    torch modules that a family's model.py is made of (imports torch; import it from there)
     light_sdk.weights   WeightPlanBuilder
+    light_sdk.graphs    ShapeGraphs, CUDA graphs of an encoder (imports torch; import it from there)
     light_sdk.testing   the conformance kit and the echo family
     light_sdk.scaffold  a new plugin package from an installed family
 

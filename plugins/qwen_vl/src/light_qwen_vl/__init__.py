@@ -3,5 +3,5 @@
 `hooks.py` answers the contract's hooks and wraps those of the text model. Of Qwen2-VL and later: `config.py` has sizes,
 `images.py` cuts pictures, `positions.py` counts on three axes, `model.py` is the encoder and the pre layer. Of Qwen-VL
 (2023): `first_generation.py` is the encoder, `tokenizer.py` has the tokens around pictures and boxes. Of both: `weights.py`
-has the checkpoints' names, `graphs.py` captures shapes that come back, `chat.py` has conversations.
+has the checkpoints' names, `chat.py` has conversations.
 """

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from light_qwen_vl.graphs import ShapeGraphs
 from light_qwen_vl.images import MEAN, STD
 from light_sdk import Hidden, MediaEncoder, ModelContext, ModelError
+from light_sdk.graphs import ShapeGraphs
 from light_sdk.layers import LayerNorm, Linear, PatchEmbedding, VisionLayer
 from light_sdk.layers.norm import parameter
 

@@ -94,7 +94,7 @@ def preprocess(rules: ImageRules, data: bytes) -> dict[str, torch.Tensor]:
     pixels = _read(data)
     height, width = fitted_size(pixels.shape[0], pixels.shape[1], rules)
     if rules.resample != BICUBIC or pixels.size > MAX_SHRINKING * 3 * height * width:
-        pixels = _resize(Image.fromarray(pixels), height, width, rules)
+        pixels = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling(rules.resample)))
     merge = rules.merge_size
     rows, columns = height // rules.unit_size, width // rules.unit_size
     order = unit_order(rows, columns, rules.window)
@@ -131,12 +131,6 @@ def _read(data: bytes) -> npt.NDArray[np.uint8]:
         return np.array(picture.convert("RGB"))
     width, height = int(head[1]), int(head[2])
     return np.frombuffer(data, np.uint8, height * width * 3, head.end()).reshape(height, width, 3).copy()
-
-
-def _resize(picture: Image.Image, height: int, width: int, rules: ImageRules) -> npt.NDArray[np.uint8]:
-    """One axis after the other, as `resample` does; which one Pillow takes first depends on its version and on the sizes."""
-    method = Image.Resampling(rules.resample)
-    return np.array(picture.resize((width, picture.height), method).resize((width, height), method))
 
 
 def num_tokens(tensors: Mapping[str, torch.Tensor]) -> int:

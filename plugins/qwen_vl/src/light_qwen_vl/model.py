@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from light_qwen_vl.config import VisionShape, axis_sections
-from light_qwen_vl.graphs import ShapeGraphs
 from light_qwen_vl.images import Run, cut_patches, grid, num_tokens, preprocess, window_runs
 from light_qwen_vl.positions import positions
 from light_sdk import Hidden, MediaEncoder, ModelContext, ModelError, Step
+from light_sdk.graphs import ShapeGraphs
 from light_sdk.layers import (
     MLP,
     GatedMLP,

@@ -1,4 +1,6 @@
-"""CUDA graphs of an encoder, one for each shape of batch that comes back.
+"""CUDA graphs of an encoder, one for each shape of batch that comes back. Called by the encoders of plugins.
+
+Not the graphs of decodes and of steps with prompts: those are core's.
 
 A small picture takes the GPU less time than its some 300 kernels take the host to launch. A batch whose shape has been
 seen before is therefore captured, and replayed from then on:
@@ -10,6 +12,9 @@ seen before is therefore captured, and replayed from then on:
 What graphs need of the GPU is taken once, by capturing the largest batch that is ever captured when the encoder first runs,
 which is when the engine measures memory: all others use its inputs, its result and its pool. Encoders run one batch at a
 time, in one thread.
+
+Shapes are captured as they are, not padded to the next larger: encoders would compute what nobody asked for, and what comes
+back is few shapes. There are at most `MAX_GRAPHS` graphs, and a larger batch than the largest is never captured.
 """
 
 import logging
@@ -30,6 +35,7 @@ SEEN = 3
 WARM_UPS = 2
 """Of the largest batch, at the start: kernels compile, plans are made."""
 MAX_GRAPHS, MAX_COUNTED = 16, 1024
+"""Shapes that are captured, and that are counted until counting starts anew."""
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PLANNED = [SDPBackend.CUDNN_ATTENTION, *UNPLANNED]
 """cuDNN's attention is the faster one, but plans anew for every shape, which is worth it for those that come back."""
@@ -46,7 +52,7 @@ class ShapeGraphs:
             results.
         max_rows: rows of the first tensor up to which batches are captured.
         create_largest: makes a shape and tensors of `max_rows` rows, on the GPU, to take memory by.
-        captures: False runs every batch as it is.
+        captures: False runs every batch as it is, as `ModelContext.enforce_eager` asks.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class ShapeGraphs:
         return tuple(self._graphs)
 
     def __call__(self, shape: Hashable, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """`encode(shape, *inputs)`, in a tensor of its own."""
+        """`encode(shape, *inputs)`, in a tensor of its own. Nothing but that where `inputs` are not on a GPU."""
         if not inputs[0].is_cuda:
             return self._encode(shape, *inputs)
         if self._captures and self._memory is None:
@@ -102,7 +108,8 @@ class ShapeGraphs:
         with sdpa_kernel(PLANNED, set_priority=True):
             for _ in range(WARM_UPS):
                 output = self._encode(shape, *inputs)
-        self._memory = _Memory(inputs, torch.empty_like(output), torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._memory = _Memory(inputs, torch.empty_like(output), torch.cuda.graph_pool_handle(), stream)
         del output
         self._capture(shape, inputs)
 
