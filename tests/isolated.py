@@ -2,12 +2,15 @@
 
 Run by `make isolated`; `python tests/isolated.py llama bloom` takes these plugins alone. One environment holds torch and
 the third-party packages and is kept between runs; for each plugin the wheels of core, sdk and that plugin alone (with the
-plugins that it requires) are installed in it, a model is served, a completion is asked for, and the wheels are removed.
+plugins that it requires) are installed in it, a model is served, a completion is asked for, of one that sees an answer about
+a picture too, and the wheels are removed.
 
 Every folder of plugins/ is tested. The model is one that the plugin ships, one that a function here writes, or that of the
 plugin's tests/tiny/config.json, with random weights.
 """
 
+import base64
+import io
 import json
 import os
 import pathlib
@@ -25,7 +28,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-isolated"
 PYTHON = ENVIRONMENT / "bin" / "python"
 PLUGINS = tuple(sorted(manifest.parent.name for manifest in (ROOT / "plugins").glob("*/pyproject.toml")))
-START_S = 300
+SEEING = {"llava": {"<image>": 127}, "qwen_vl": {"<|vision_start|>": 124, "<|vision_end|>": 125, "<|image_pad|>": 127}}
+"""Plugins of models that see, and the tokens around pictures that a tokenizer of theirs has."""
+PICTURE_SIZE, NUM_PICTURE_TOKENS = 56, 4
+START_S, NUM_OUTPUT = 300, 8
 
 
 def run(*command: object) -> None:
@@ -85,7 +91,7 @@ def tiny_llava(folder: pathlib.Path) -> str:
     text = LlamaConfig(**sizes, vocab_size=128, max_position_embeddings=256)
     vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
     LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=127)).save_pretrained(folder)
-    return write_tokenizer(folder)
+    return write_tokenizer(folder, SEEING["llava"])
 
 
 def configured(plugin: str, folder: pathlib.Path) -> str:
@@ -96,7 +102,7 @@ def configured(plugin: str, folder: pathlib.Path) -> str:
     """
     folder.mkdir()
     shutil.copy(ROOT / "plugins" / plugin / "tests" / "tiny" / "config.json", folder)
-    return write_tokenizer(folder)
+    return write_tokenizer(folder, SEEING.get(plugin, {}))
 
 
 def required_plugins(plugin: str) -> tuple[str, ...]:
@@ -106,19 +112,21 @@ def required_plugins(plugin: str) -> tuple[str, ...]:
     return tuple(other for other in PLUGINS if f"light-plugin-{other.replace('_', '-')}" in names)
 
 
-def write_tokenizer(folder: pathlib.Path) -> str:
-    """A tokenizer of 128 words; returns the folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def write_tokenizer(folder: pathlib.Path, special: "dict[str, int] | None" = None) -> str:
+    """A tokenizer of 128 words, of which some are special tokens; returns the folder."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    named = {token: word for word, token in (special or {}).items()}
+    words = Tokenizer(models.WordLevel({named.get(i, f"w{i}"): i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in named.values()])
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
     return str(folder)
 
 
 def serve_and_ask(model: str, plugin: str, *options: str) -> None:
-    """Starts `light serve`, asks for a completion over HTTP and stops it; raises if any of it fails."""
+    """Starts `light serve`, asks it over HTTP and stops it; raises if any of it fails."""
     command = [str(ENVIRONMENT / "bin" / "light"), "serve", model, "--model-plugin", plugin, "--port", "0", "--drain-delay", "0"]
     command += options
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
@@ -126,10 +134,14 @@ def serve_and_ask(model: str, plugin: str, *options: str) -> None:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=tempfile.gettempdir(), env=environment)
         try:
             url = wait_for_url(server, log)
-            body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-            request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-            answer = json.load(urllib.request.urlopen(request, timeout=START_S))
-            assert answer["usage"]["completion_tokens"] == 8, answer
+            ask(f"{url}/v1/completions", model=model, prompt=[5, 6, 7])
+            if plugin in SEEING:
+                text, image = {"type": "text", "text": "w5"}, {"type": "image_url", "image_url": {"url": picture_url()}}
+                blind, seen = (
+                    ask(f"{url}/v1/chat/completions", model=model, messages=[{"role": "user", "content": parts}])
+                    for parts in ([text], [image, text])
+                )
+                assert seen - blind >= NUM_PICTURE_TOKENS, f"{seen} tokens with a picture, {blind} without"
             server.terminate()
             assert server.wait(START_S) == 0, f"exit code {server.returncode}"
         except BaseException:
@@ -138,7 +150,26 @@ def serve_and_ask(model: str, plugin: str, *options: str) -> None:
             raise
         finally:
             server.kill()
-    print(f"light-plugin-{plugin}: installed alone, served {pathlib.Path(model).name}")
+    pictures = " with a picture" if plugin in SEEING else ""
+    print(f"light-plugin-{plugin}: installed alone, served {pathlib.Path(model).name}{pictures}")
+
+
+def ask(url: str, **body: object) -> int:
+    """Asks for `NUM_OUTPUT` tokens; returns how many the prompt had."""
+    settings = {"max_tokens": NUM_OUTPUT, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(url, json.dumps(body | settings).encode(), {"Content-Type": "application/json"})
+    answer = json.load(urllib.request.urlopen(request, timeout=START_S))
+    assert answer["usage"]["completion_tokens"] == NUM_OUTPUT, answer
+    return int(answer["usage"]["prompt_tokens"])
+
+
+def picture_url() -> str:
+    """A small picture, as a data: URL."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((PICTURE_SIZE, PICTURE_SIZE)).convert("RGB").save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def wait_for_url(server: subprocess.Popen[bytes], log: "object") -> str:

@@ -247,10 +247,9 @@ FIRST_CONFIG = {
 PLUGINS = ("light_qwen.hooks", "light_qwen_vl.hooks")
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """A tiny Qwen-VL-Chat as it is published: no tokenizer.json, no chat template. Its tensors, by name and shape."""
-    folder = tmp_path_factory.mktemp("qwen-vl")
+def write_first(folder, **changes):
+    """A tiny Qwen-VL-Chat as it is published: no tokenizer.json, no chat template. Its tensors, by name and shape, and `changes`
+    of its config.json."""
     vocab, size, inner, width = FIRST_CONFIG["vocab_size"], 128, 32, 32
     shapes = {"wte.weight": (vocab, size), "ln_f.weight": (size,), "h.0.ln_1.weight": (size,), "h.0.ln_2.weight": (size,)}
     shapes |= {"h.0.attn.c_attn.weight": (3 * size, size), "h.0.attn.c_attn.bias": (3 * size,), "h.0.attn.c_proj.weight": (size, size)}
@@ -274,10 +273,16 @@ def first(tmp_path_factory):
     }
     tensors["lm_head.weight"] = torch.randn((vocab, size), generator=generator)
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(FIRST_CONFIG))
+    (folder / "config.json").write_text(json.dumps(FIRST_CONFIG | changes))
     (folder / "generation_config.json").write_text(json.dumps({"chat_format": "chatml", "eos_token_id": RANKS}))
     lines = [base64.b64encode(bytes([byte])).decode() + f" {byte}\n" for byte in range(RANKS)]
     (folder / "qwen.tiktoken").write_text("".join(lines))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen-vl")
+    write_first(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from light_sdk import MediaSpan, MediaTokens
 from light_sdk.testing import FamilyConformance
@@ -74,14 +74,8 @@ def qwen2_5_vl(text: dict[str, Any] | None = None, vision: dict[str, Any] | None
 
 
 def pixels(pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-    """What transformers' processor makes of `pictures`. It is given pictures that fit already, resampled by Pillow along one
-    axis after the other: of both at once Pillow takes either first, as it sees fit."""
-    processor, fitted = Qwen2VLImageProcessorPil(), []
-    for picture in pictures:
-        height, width = smart_resize(picture.height, picture.width, 28, processor.size["shortest_edge"], processor.size["longest_edge"])
-        across = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
-        fitted.append(across.resize((width, height), Image.Resampling.BICUBIC))
-    return dict(processor(images=fitted, return_tensors="pt"))
+    """What transformers' processor makes of `pictures`."""
+    return dict(Qwen2VLImageProcessorPil()(images=pictures, return_tensors="pt"))
 
 
 def spans(index: int, runtime: Any) -> Iterator[tuple[MediaSpan, Mapping[str, torch.Tensor]]]:

@@ -105,7 +105,16 @@ class Eyes(nn.Module):
     """The transformer and the resampler."""
 
     def __init__(
-        self, width: int, mlp_ratio: float, heads: int, layers: int, patch_size: int, output_dim: int, trained: int, **_: Any
+        self,
+        width: int,
+        mlp_ratio: float,
+        heads: int,
+        layers: int,
+        patch_size: int,
+        output_dim: int,
+        n_queries: int,
+        trained: int,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -130,8 +139,8 @@ class Eyes(nn.Module):
         )
         if width != output_dim:
             self.attn_pool.kv_proj = nn.Linear(width, output_dim, bias=False)
-        self.attn_pool.query = nn.Parameter(torch.empty(NUM_QUERIES, output_dim))
-        self.attn_pool.pos_embed = nn.Parameter(torch.empty(NUM_QUERIES, output_dim))
+        self.attn_pool.query = nn.Parameter(torch.empty(n_queries, output_dim))
+        self.attn_pool.pos_embed = nn.Parameter(torch.empty(n_queries, output_dim))
         self.ln_post = nn.LayerNorm(output_dim, eps=1e-6)
         self.proj = nn.Parameter(torch.empty(output_dim, output_dim))
 
@@ -184,9 +193,9 @@ class Reference(PreTrainedModel):
         begin = 0 if past[0] is None else past[0][0].shape[0]
         positions, x, present = torch.arange(begin, begin + len(ids)), self.transformer.wte(ids), []
         if pixels is not None:
-            begins = (ids == START).nonzero().flatten().tolist()
+            begins = (ids == config.visual["image_start_id"]).nonzero().flatten().tolist()
             for first, picture in zip(begins, self.transformer.visual(pixels), strict=True):
-                x = torch.cat((x[: first + 1], picture, x[first + 1 + NUM_QUERIES :]))
+                x = torch.cat((x[: first + 1], picture, x[first + 1 + len(picture) :]))
         for block, before in zip(self.transformer.h, past):
             q, k, v = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, config.num_attention_heads, config.kv_channels)).unbind(1)
             q, k = self.rotate(q, positions), self.rotate(k, positions)
