@@ -347,14 +347,18 @@ def flat_png(width: int, height: int) -> bytes:
 
 
 def animation(frames: int) -> bytes:
-    return file_of(picture(4, 4), "GIF", save_all=True, append_images=[picture(4, 4, index) for index in range(1, frames)])
+    """A GIF whose frames are all the same but for the first two."""
+    few, more = (
+        file_of(picture(4, 4), "GIF", save_all=True, append_images=[picture(4, 4, index) for index in range(1, count)]) for count in (2, 3)
+    )
+    return few[:-1] + more[len(few) - 1 : -1] * (frames - 2) + few[-1:]
 
 
 BOMB = flat_png(30_000, 30_000)
 CORPUS: dict[str, tuple[bytes, str]] = {
     "bomb": (BOMB, "pixels"),
     "smaller bomb": (flat_png(13_000, 13_000), "pixels"),
-    "a hundred frames": (animation(100), "animated"),
+    "five thousand frames": (animation(5000), "animated"),
     "truncated": (file_of(picture(99, 99))[:9000], "damaged"),
     "truncated photograph": (file_of(picture(99, 99), "JPEG")[:2000], "damaged"),
     "a thread": (flat_png(8, 30_000), "one side may be"),
