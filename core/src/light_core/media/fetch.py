@@ -203,9 +203,8 @@ def _is_ip(host: str) -> bool:
 
 def _absolute(base: Address, location: str) -> str:
     """Where a redirect leads; what is neither an address nor a path is left to the parser to refuse."""
-    if location.startswith("//"):
-        return location
-    folder = base.target.partition("?")[0].rpartition("/")[0]
-    if location.startswith("/") or RELATIVE.fullmatch(location):
-        return f"{base.scheme}://{base.authority}{location if location.startswith('/') else f'{folder}/{location}'}"
+    if RELATIVE.fullmatch(location):
+        location = base.target.partition("?")[0].rpartition("/")[0] + "/" + location
+    if location.startswith("/") and not location.startswith("//"):
+        return f"{base.scheme}://{base.authority}{location}"
     return location

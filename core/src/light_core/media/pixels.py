@@ -166,7 +166,7 @@ def rgb_bands(image: "Image") -> Iterator[bytes]:
     from PIL.Image import alpha_composite, new
 
     rows = max(1, BAND_PIXELS // image.width)
-    has_alpha = "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None
+    has_alpha = not {"A", "a"}.isdisjoint(image.getbands()) or image.info.get("transparency") is not None
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
         if band.mode.startswith("I"):

@@ -55,7 +55,6 @@ def _prefill(q_THD: torch.Tensor, kept_NC: torch.Tensor, kv_b_HXL: torch.Tensor,
         kv_HNX = torch.matmul(kept_NC[:, :rank], kv_b_HXL[group].transpose(1, 2))
         keys = torch.cat((kv_HNX[..., :key_dim], kept_NC[None, :, rank:].expand(len(kv_HNX), -1, -1)), dim=-1)
         q, values = q_THD[:, group].transpose(0, 1), kv_HNX[..., key_dim:]
-        out_THO[:, group] = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=seen, scale=scale)[0].transpose(
-            0, 1
-        )
+        out = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=seen, scale=scale)
+        out_THO[:, group] = out[0].transpose(0, 1)
     return out_THO
