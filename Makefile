@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 MODEL ?= demo
 PACKAGES := core sdk plugins/llama plugins/bloom plugins/mixtral plugins/qwen_moe plugins/deepseek plugins/qwen plugins/llava plugins/qwen_vl
 MANIFESTS := pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# Modules are compiled when they are first imported: most never are. Our packages are built by what is in $(VENV).
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --no-build-isolation --constraint constraints.txt
 
 .PHONY: serve test test-gpu lint isolated wheels docs model-results clean
 
@@ -30,7 +31,7 @@ isolated: $(VENV)/dev.stamp  ## installs each plugin alone in a clean environmen
 	$(BIN)/python tests/isolated.py
 
 wheels: $(VENV)/serve.stamp  ## builds a wheel of each package into dist/
-	for package in $(PACKAGES); do $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./$$package || exit 1; done
+	for package in $(PACKAGES); do $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist ./$$package || exit 1; done
 
 docs: $(VENV)/dev.stamp  ## writes the generated pages
 	$(BIN)/python docs/generate.py
@@ -47,6 +48,7 @@ clean:
 $(VENV)/serve.stamp: $(MANIFESTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
+	$(INSTALL) hatchling editables
 	$(INSTALL) $(addprefix --editable ./,$(PACKAGES))
 	touch $@
 

@@ -18,6 +18,7 @@ The machine may be slow, loaded, stopped for seconds or unusually fast, and test
 import os
 import random
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +26,10 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of several workers that wait for each other in turns: ten times as slow. Before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+APART = ("test_simulation.py", "test_compile_ahead.py", "sampling/test_kernel.py", "test_serve_families.py")
+"""Files of few and long tests that share nothing: each test goes to whichever worker is free."""
+FEW_WORKERS = 4
 
 settings.register_profile(
     "light",
@@ -44,3 +49,18 @@ def pytest_runtest_setup() -> None:
         torch.default_generator.manual_seed(0)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Few workers take whole files, the largest first, so that a server or a model that a file's tests share is started once
+    and not once a worker."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(APART) else file
+
+    scheduler = ByFile(config, log)
+    return scheduler if scheduler.numnodes <= FEW_WORKERS else None

@@ -39,12 +39,13 @@ def run(*command: object) -> None:
 
 
 def pip(*arguments: object) -> None:
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt", *arguments)
+    options = ("--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", "constraints.txt")
+    run(PYTHON, "-m", "pip", "install", *options, *arguments)
 
 
 def build_wheels(plugins: set[str], folder: pathlib.Path) -> dict[str, pathlib.Path]:
     def build(package: str) -> None:
-        options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--wheel-dir", folder)
+        options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
         run(sys.executable, "-m", "pip", "wheel", *options, f"./{package}")
 
     packages = ["core", "sdk", *(f"plugins/{name}" for name in sorted(plugins))]
