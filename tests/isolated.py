@@ -39,7 +39,8 @@ def run(*command: object) -> None:
 
 
 def pip(*arguments: object) -> None:
-    options = ("--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", "constraints.txt")
+    compiled = () if sys.dont_write_bytecode else ("--no-compile",)
+    options = ("--quiet", "--disable-pip-version-check", *compiled, "--constraint", "constraints.txt")
     run(PYTHON, "-m", "pip", "install", *options, *arguments)
 
 

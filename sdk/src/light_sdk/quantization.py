@@ -16,12 +16,18 @@ from light_sdk.weights import WeightPlanBuilder
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK", "BlockFP8", "BlockFP8PlanBuilder", "block_fp8"]
+__all__ = ["BLOCK", "BlockFP8", "BlockFP8PlanBuilder", "are_whole_blocks", "block_fp8"]
 
 BLOCK = 128
 """Rows and columns of a block that the kernels take."""
 MIN_CAPABILITY = (8, 9)
 """Least compute capability whose tensor cores multiply float8."""
+
+
+def are_whole_blocks(sizes: Sequence[int]) -> bool:
+    """Whether weights of so many rows can stand one below the other in float8: not where one but the last ends within a block,
+    whose scale would be that of two."""
+    return not any(size % BLOCK for size in sizes[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +43,8 @@ class BlockFP8:
     is_native: bool
 
     def keeps(self, sizes: Sequence[int]) -> bool:
-        """Whether weights of so many rows, one below the other, stay in float8: not where one but the last ends within a block,
-        whose scale would be that of two."""
-        return self.is_native and not any(size % BLOCK for size in sizes[:-1])
+        """Whether weights of so many rows, one below the other, stay in float8."""
+        return self.is_native and are_whole_blocks(sizes)
 
     def dequantize(self, weight: "torch.Tensor", scale: "torch.Tensor") -> "torch.Tensor":
         """float32 `[O, I]` of a weight in float8 and its scales `[ceil(O / rows), ceil(I / columns)]`.

@@ -17,7 +17,7 @@ from light_sdk.layers.linear import Linear, MergedLinear
 from light_sdk.layers.mlp import GatedMLP
 from light_sdk.layers.norm import parameter
 from light_sdk.ops.activation.reference import canonical_name
-from light_sdk.quantization import BLOCK, block_fp8
+from light_sdk.quantization import BLOCK, are_whole_blocks, block_fp8
 
 __all__ = [
     "BlockFP8Experts",
@@ -77,7 +77,7 @@ class BlockFP8Linear(MergedLinear):
     def __init__(self, model: ModelContext, in_features: int, out_features: Sequence[int], bias: bool = False) -> None:
         nn.Module.__init__(self)
         self.sizes = tuple(out_features)
-        if any(size % BLOCK for size in self.sizes[:-1]):
+        if not are_whole_blocks(self.sizes):
             raise ModelError(
                 f"outputs of {self.sizes} cannot be merged in float8", f"all but the last must be multiples of {BLOCK}", "use bfloat16"
             )
@@ -98,8 +98,8 @@ class BlockFP8GatedMLP(GatedMLP):
     def __init__(self, model: ModelContext, hidden_size: int, intermediate_size: int, activation: str) -> None:
         nn.Module.__init__(self)
         self.activation = canonical_name(activation)
-        merged = MergedLinear if intermediate_size % BLOCK else BlockFP8Linear
-        self.gate_up = merged(model, hidden_size, (intermediate_size, intermediate_size))
+        both = (intermediate_size, intermediate_size)
+        self.gate_up = (BlockFP8Linear if are_whole_blocks(both) else MergedLinear)(model, hidden_size, both)
         self.down: Linear = BlockFP8Linear(model, intermediate_size, (hidden_size,))
         self._act_and_mul = model.ops.select("act_and_mul", activation=self.activation, intermediate_size=intermediate_size)
 
@@ -120,7 +120,7 @@ class BlockFP8Experts(Experts):
 
     def __init__(self, model: ModelContext, hidden_size: int, intermediate_size: int, num_experts: int, activation: str) -> None:
         nn.Module.__init__(self)
-        if intermediate_size % BLOCK:
+        if not are_whole_blocks((intermediate_size, intermediate_size)):
             raise ModelError(
                 f"experts of {intermediate_size} cannot be merged in float8", f"their width must be a multiple of {BLOCK}", "use bfloat16"
             )
