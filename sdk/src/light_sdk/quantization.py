@@ -16,7 +16,7 @@ from light_sdk.weights import WeightPlanBuilder
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK", "BlockFP8", "BlockFP8PlanBuilder", "are_whole_blocks", "block_fp8"]
+__all__ = ["BLOCK", "BlockFP8", "BlockFP8PlanBuilder", "block_fp8"]
 
 BLOCK = 128
 """Rows and columns of a block that the kernels take."""
