@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= demo
 PACKAGES := core sdk plugins/llama plugins/bloom plugins/mixtral plugins/qwen_moe plugins/deepseek plugins/qwen plugins/llava plugins/qwen_vl
-MANIFESTS := pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
+MANIFESTS := Makefile pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
 # Modules are compiled when they are first imported, as most never are, unless Python may not keep what it compiles.
 # Our packages are built by what is in $(VENV).
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) \
@@ -17,7 +17,7 @@ serve: $(VENV)/serve.stamp  ## serve the demo model on 127.0.0.1:8000 (MODEL=…
 
 # Two workers, one thread each: more threads than cores would wait for each other in every product.
 test: $(VENV)/dev.stamp  ## the CPU tests
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp  ## the tests that need one CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -29,7 +29,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 APART = ("test_simulation.py", "test_compile_ahead.py", "sampling/test_kernel.py", "test_serve_families.py")
 """Files of few and long tests that share nothing: each test goes to whichever worker is free."""
-FEW_WORKERS = 4
 
 settings.register_profile(
     "light",
@@ -53,14 +52,14 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Few workers take whole files, the largest first, so that a server or a model that a file's tests share is started once
-    and not once a worker."""
-    from xdist.scheduler import LoadScopeScheduling
+    """`--dist loadfile`, by which a server or a model that a file's tests share is started once, but for files of `APART`."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class Scheduler(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
+            file = super()._split_scope(nodeid)
             return nodeid if file.endswith(APART) else file
 
-    scheduler = ByFile(config, log)
-    return scheduler if scheduler.numnodes <= FEW_WORKERS else None
+    return Scheduler(config, log)

@@ -192,8 +192,8 @@ class Driver:
 
     @property
     def num_events(self) -> int:
-        """Random steps so far: requests that came, ended, were preempted or aborted, and steps of the device."""
-        return self.next_id + self.finished + self.scheduler.stats().preemptions + self.num_aborts + self.num_steps
+        """Random steps so far: requests that came or were aborted, and steps of the device."""
+        return self.next_id + self.num_aborts + self.num_steps
 
     def submit(self) -> None:
         rng, case = self.rng, self.case

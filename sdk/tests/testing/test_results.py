@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from light_sdk.testing import results
 from light_sdk.testing.conformance import FamilyConformance
 from light_sdk.testing.results import assemble_results, describe_check, keep_bounds, planned_checks, render_results, round_up
 
@@ -80,8 +81,10 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert "architecture" not in broken
 
 
-def test_the_file_does_not_depend_on_which_check_ended_first() -> None:
-    """As it does not with several processes."""
+def test_the_file_does_not_depend_on_which_check_ended_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does not with several processes. Plugins are loaded once, not for each order."""
+    families = results.announced_families(["light_llama.hooks"])
+    monkeypatch.setattr(results, "announced_families", lambda plugins: families)
     model = {"model": {"family": "llama", "architecture": "", "reference": ""}}
     found = [
         {
@@ -97,8 +100,7 @@ def test_the_file_does_not_depend_on_which_check_ended_first() -> None:
         for name, check in vars(FamilyConformance).items()
         if name in ("test_weights_fit", "test_prefill_logits", "test_padding")
     ]
-    orders = itertools.islice(itertools.permutations(found), 0, None, 17)
-    texts = {render_results(assemble_results(list(order))) for order in orders}
+    texts = {render_results(assemble_results(list(order))) for order in itertools.permutations(found)}
     assert len(texts) == 1
     variants = json.loads(texts.pop())["variants"]
     assert [variant["variant"] for variant in variants] == ["a", "b"] and all(variant["family"] == "llama" for variant in variants)
