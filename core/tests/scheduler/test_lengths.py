@@ -70,3 +70,15 @@ def test_exact_requests_use_all_that_is_left() -> None:
 def test_old_samples_leave_the_window() -> None:
     lengths = filled([1000] * HISTORY_WINDOW + [10] * HISTORY_WINDOW)
     assert estimate(lengths, 0, 5000, quantile=0.999) == 10
+
+
+def test_the_history_is_the_newest_lengths() -> None:
+    """Whatever comes and goes: every quantile of an empty output is a place among the last ones, in order."""
+    values = np.random.default_rng(0).integers(1, 40, size=3 * HISTORY_WINDOW).tolist()
+    lengths = LengthEstimator()
+    for end, value in enumerate(values, 1):
+        lengths.record(value)
+        if end in (MIN_SAMPLES, HISTORY_WINDOW, HISTORY_WINDOW + 1) or end % 97 == 0:
+            newest = sorted(values[max(end - HISTORY_WINDOW, 0) : end])
+            zeros, places = np.zeros(len(newest), np.int32), (np.arange(len(newest)) + 0.5) / len(newest)
+            assert lengths.remaining(zeros, zeros + 1000, zeros > 0, zeros > 0, places).tolist() == newest

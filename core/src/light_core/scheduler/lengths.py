@@ -29,9 +29,8 @@ class LengthEstimator:
     """The last `HISTORY_WINDOW` output lengths."""
 
     def __init__(self) -> None:
-        self._lengths: deque[int] = deque(maxlen=HISTORY_WINDOW)
-        self._sorted: Ints = np.empty(0, dtype=np.int64)
-        self._stale = False
+        self._lengths: deque[int] = deque()
+        self._sorted: Ints = np.empty(HISTORY_WINDOW, dtype=np.int64)
 
     @property
     def ready(self) -> bool:
@@ -40,8 +39,17 @@ class LengthEstimator:
 
     def record(self, length: int) -> None:
         """Adds the output length of a request that came to its end (not one that was aborted)."""
+        history, count = self._sorted, len(self._lengths)
+        # Those between its place and the one that is free, or becomes so, move by one.
+        free = count if count < HISTORY_WINDOW else int(history.searchsorted(self._lengths.popleft()))
+        place = int(history[:count].searchsorted(length))
+        if place > free:
+            place -= 1
+            history[free:place] = history[free + 1 : place + 1]
+        else:
+            history[place + 1 : free + 1] = history[place:free]
+        history[place] = length
         self._lengths.append(length)
-        self._stale = True
 
     def of_rows(self, rows: Rows, index: npt.NDArray[np.int64]) -> Ints:
         """Tokens that the requests in rows `index` are expected to generate beyond those that are planned, int64 [n]."""
@@ -74,9 +82,7 @@ class LengthEstimator:
         if not self.ready:
             guess = np.where(open_ended, np.maximum(OPEN_ENDED_LEN - generated, as_long_again), bound)
         else:
-            if self._stale:
-                self._sorted, self._stale = np.sort(np.fromiter(self._lengths, dtype=np.int64)), False
-            history = self._sorted
+            history = self._sorted[: len(self._lengths)]
             shorter = np.searchsorted(history, generated, side="right")
             index = shorter + (quantile * (len(history) - shorter)).astype(np.int64)
             drawn = history[np.minimum(index, len(history) - 1)] - generated

@@ -2,7 +2,7 @@
 on the Triton interpreter."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,14 +16,25 @@ MACHINES = {
     "interpreter": (Machine("cuda", (9, 0)), "cpu"),
     "cuda": (Machine("cuda", (9, 0)), "cuda"),
 }
-BACKENDS = (
-    ["interpreter"] if os.environ.get("SAMPLER_BACKEND") == "interpreter" else ["reference", pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+INTERPRETED = os.environ.get("SAMPLER_BACKEND") == "interpreter"
+BACKENDS = ["interpreter"] if INTERPRETED else ["reference", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_access_outside() -> Iterator[None]:
+    """Interpreted kernels find a forbidden page behind each of their tensors."""
+    if not INTERPRETED:
+        yield
+        return
+    from light_sdk.testing.guarded import guarded_launches
+
+    with guarded_launches("behind"):
+        yield
 
 
 @pytest.fixture

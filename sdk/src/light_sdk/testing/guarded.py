@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch
 
+from light_sdk.testing.interpreter import lean_interpreter
+
 __all__ = ["Side", "guarded_launches"]
 
 Side = Literal["before", "behind"]
@@ -49,7 +51,7 @@ def guarded_launches(side: Side) -> Iterator[None]:
         regions.restore()
         return returned
 
-    with mock.patch.object(GridExecutor, "__call__", guarded):
+    with lean_interpreter(), mock.patch.object(GridExecutor, "__call__", guarded):
         yield
 
 
