@@ -1,6 +1,6 @@
 """Float8 checkpoints with a scale for each block of a weight: what they say, and where their tensors go.
 
-Such a checkpoint (DeepSeek-V3, arXiv 2412.19437, section 3.3) has beside "….weight" in float8 e4m3 a tensor
+Such a checkpoint (arXiv 2412.19437, section 3.3) has beside "….weight" in float8 e4m3 a tensor
 "….weight_scale_inv", the factor of each block. A machine whose GPU multiplies float8 keeps both; on others the weight
 is multiplied out when it is loaded. Not here: the modules that multiply (`light_sdk.layers.block_fp8`). Imports no torch.
 """

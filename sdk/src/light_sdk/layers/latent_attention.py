@@ -1,4 +1,4 @@
-"""Multi-head latent attention over token-indexed latents (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+"""Multi-head latent attention over token-indexed latents (arXiv 2405.04434, section 2.1)."""
 
 import torch
 from torch import nn

@@ -104,7 +104,7 @@ def picture_values(width: int, height: int, rgb: bytes, config: Mapping[str, Any
 
 def axes_of(length: int, spans: Sequence[MediaSpan]) -> tuple[list[tuple[int, int, int]], int]:
     """Positions of the three axes of a prompt, and what is added to later ones: text counts on in all of them; a picture
-    stays where it begins in the first, and counts its rows and columns in the others (Qwen2-VL, arXiv 2409.12191)."""
+    stays where it begins in the first, and counts its rows and columns in the others (arXiv 2409.12191)."""
     places: list[tuple[int, int, int]] = []
     at = 0
     for span in spans:

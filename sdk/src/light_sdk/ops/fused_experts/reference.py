@@ -3,8 +3,8 @@
     out[t] = sum over j of weights[t, j] * down[e] (act(gate[e] x[t]) * up[e] x[t])     with e = ids[t, j]
              + scale[t] * the same of the shared expert                                 where there is one
 
-Sources: Mixtral (arXiv 2401.04088, section 2.1); shared experts, DeepSeekMoE (arXiv 2401.06066, section 3.2). Legend: T
-tokens, E hidden size, I inner size of an expert, S of the shared one, X experts, k experts of a token.
+Sources: arXiv 2401.04088, section 2.1; shared experts, arXiv 2401.06066, section 3.2. Legend: T tokens, E hidden size,
+I inner size of an expert, S of the shared one, X experts, k experts of a token.
 """
 
 from typing import NamedTuple

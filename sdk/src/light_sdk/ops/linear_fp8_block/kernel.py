@@ -1,7 +1,7 @@
 """`linear_fp8_block` in Triton: one kernel quantises the activations, one multiplies in float8.
 
 The products of a group of 128 inputs are accumulated by the tensor cores, scaled, and added up in float32 registers:
-Hopper's tensor cores keep too few bits for long sums of float8 products (DeepSeek-V3, section 3.3.2). Few rows are
+Hopper's tensor cores keep too few bits for long sums of float8 products (arXiv 2412.19437, section 3.3.2). Few rows are
 bound by reading the weight once, many by the matrix rate.
 """
 

@@ -3,8 +3,8 @@
     out[t, o] = sum over groups g of 128 inputs:   s_x[t, g] * s_w[o // 128, g] * (x8[t, g] . w8[o, g])   + bias[o]
 
 x8 is x / s_x rounded to float8 e4m3, with s_x such that the largest magnitude of the group becomes 448, the largest
-of the format. Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3: tiles of 1 x 128 for activations, blocks of 128 x 128
-for weights).
+of the format. Source: arXiv 2412.19437, section 3.3 (tiles of 1 x 128 for activations, blocks of 128 x 128 for
+weights).
 """
 
 import torch

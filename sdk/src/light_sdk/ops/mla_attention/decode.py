@@ -7,8 +7,8 @@ for a tile of heads, `_combine_kernel` joins the parts of requests that were spl
 what a group of requests shares is cut off, attended tile by tile in `prefix.py`, and joined as one more part of each.
 
 Bound by memory up to about 64 heads: 2 (L + R) bytes a token are read once. Beyond, the tiles of heads of an item run
-side by side and share its latents through the L2 cache. Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1.2 on
-absorption), "Flash-Decoding for long-context inference" (Dao et al. 2023).
+side by side and share its latents through the L2 cache. Sources: arXiv 2405.04434, section 2.1.2 on
+absorption; "Flash-Decoding for long-context inference" (Dao et al. 2023).
 """
 
 import torch

@@ -7,7 +7,7 @@ plans the tiles, attends what follows the prefix and joins the parts. Called by 
 Bound by compute: 2 (2 L + R) operations a row and token. 512 requests of 16 heads that share 2,048 tokens make 36 GFLOP a
 layer, 0.05 ms of Hopper's tensor cores; if each read the prefix for itself, 1.2 GB of latents would pass through the L2
 cache, and through kernels of 16 rows that cannot use `wgmma`. Source: Juravsky et al. 2024, "Hydragen: High-throughput LLM
-inference with shared prefixes", arXiv 2402.05099; absorbed as in DeepSeek-V2 (arXiv 2405.04434, section 2.1.2).
+inference with shared prefixes", arXiv 2402.05099; absorbed as in arXiv 2405.04434, section 2.1.2.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """`mla_attention` in plain torch: the definition. One request at a time, float32 inside; slow and easy to check.
 
-Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): a token keeps one latent c of L numbers for
+Multi-head latent attention (arXiv 2405.04434, section 2.1): a token keeps one latent c of L numbers for
 keys and values of all heads, and one rotary key of R numbers. Head h makes of them
 
     k_j = (W_UK[h] c_j, rope_j)        v_j = W_UV[h] c_j        out_t = softmax_j(scale * q_t . k_j) v_j,   j <= p_t

@@ -6,9 +6,8 @@
     ids[t]     the `top_k` largest of choice[t], largest first, of equals the one with the lower number
     weights[t] = scores[t, ids[t]], divided by their sum where `renormalize`, times `scale`
 
-Sources: softmax and top-k, Mixtral (arXiv 2401.04088, section 2.1); groups that score as their best expert, DeepSeek-V2
-(arXiv 2405.04434, section 2.2.2); sigmoid, a bias for the choice alone, and groups that score as their two best experts,
-DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+Sources: softmax and top-k, arXiv 2401.04088, section 2.1; groups that score as their best expert, arXiv 2405.04434, section
+2.2.2; sigmoid, a bias for the choice alone, and groups that score as their two best experts, arXiv 2412.19437, section 2.1.2.
 
 Legend: T tokens, X experts, k experts of a token.
 """

@@ -1,6 +1,6 @@
 """`write_latent` in plain torch: the definition.
 
-What multi-head latent attention keeps of a token (DeepSeek-V2, arXiv 2405.04434, section 2.1, equations 9 to 15):
+What multi-head latent attention keeps of a token (arXiv 2405.04434, section 2.1, equations 9 to 15):
 
     c = rms_norm(kv[: L]) * weight            the latent, shared by keys and values of all heads
     k = rotate(kv[L :], position)             the rotary key, shared by all heads
