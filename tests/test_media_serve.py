@@ -9,12 +9,11 @@ import random
 import re
 import signal
 import socket
-import struct
+import ssl
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +29,9 @@ from PIL import Image
 from light_sdk.testing.echo import picture_values, predict, write_model
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "core/tests/media"))
+from authority import Authority
+from corpus import CORPUS, MAX_CPU_S, frames_url
 from test_serve import ECHO, LIGHT, Server, alive
 
 MIB = 1 << 20
@@ -61,9 +63,10 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 class Host:
-    """Somebody's web server: /a.png is a picture, others misbehave. Counts what it is asked for."""
+    """Somebody's web server, with TLS where it has a certificate: /a.png is a picture, others misbehave. Counts what it is
+    asked for."""
 
-    def __init__(self, image: bytes) -> None:
+    def __init__(self, image: bytes, tls: ssl.SSLContext | None = None) -> None:
         self.asked: list[str] = []
         host = self
 
@@ -95,6 +98,8 @@ class Host:
 
         self.stopping = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:  # threads shake hands, so that nobody can hold up the others
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
@@ -111,6 +116,7 @@ class Seeing(Server):
 
     config: dict[str, Any]
     host: Host
+    tls_host: Host
     folder: Path
 
     def ask(self, *content: dict[str, Any], **fields: Any) -> httpx.Response:
@@ -149,7 +155,7 @@ class Seeing(Server):
         return [process for process in self.tree() if "light_core.media.decoder" in " ".join(process.cmdline())]
 
 
-def start_server(folder: Path, host: Host) -> Seeing:
+def start_server(folder: Path, host: Host, tls_host: Host, authority: Authority) -> Seeing:
     config = write_model(folder / "model", echo_rule="checksum", echo_media="flat", max_len=1024, num_words=120)
     (folder / "media").mkdir()
     (folder / "media" / "b.png").write_bytes(file_of(B))
@@ -163,12 +169,15 @@ def start_server(folder: Path, host: Host) -> Seeing:
         "echo",
         "--allowed-media-domains",
         f"127.0.0.1:{host.port}",
+        "--allowed-media-domains",
+        f"127.0.0.1:{tls_host.port}",
         "--allowed-local-media-path",
         str(folder / "media"),
         "--media-fetch-timeout",
         "2",
+        SSL_CERT_FILE=str(authority.certificate),
     )
-    server.config, server.host, server.folder = config, host, folder
+    server.config, server.host, server.tls_host, server.folder = config, host, tls_host, folder
     vocabulary = json.loads((folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
     server.vocabulary, server.words = vocabulary, {token: word for word, token in vocabulary.items()}
     return server
@@ -179,13 +188,15 @@ A, B, C = picture(40, 33), picture(16, 70), picture(20, 20)
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Seeing]:
-    host = Host(file_of(A))
-    server = start_server(folder, host)
+    authority = Authority(folder / "authority")
+    host, tls_host = Host(file_of(A)), Host(file_of(B), authority.server_context("IP:127.0.0.1"))
+    server = start_server(folder, host, tls_host, authority)
     try:
         yield server.ready()
     finally:
         server.close()
         host.close()
+        tls_host.close()
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +314,13 @@ def test_addresses_of_the_allowed_host(server: Seeing) -> None:
     assert server.host.asked[asked:] == ["/private"]
 
 
+def test_https_of_an_authority_that_the_operator_names(server: Seeing) -> None:
+    """By SSL_CERT_FILE; what else certificates must be is tested beside `light_core.media.fetch`."""
+    base = f"https://127.0.0.1:{server.tls_host.port}"
+    assert server.says(server.ask(image_part(f"{base}/a.png"))) == server.expected("user", B, "assistant")
+    server.refuses(server.ask(image_part(f"https://127.0.0.1:{server.host.port}/a.png")), "the address cannot be fetched$")
+
+
 def test_a_slow_host_is_given_up_and_holds_nobody_up(server: Seeing) -> None:
     slow = image_part(f"http://127.0.0.1:{server.host.port}/slow")
     seen = server.expected("user", A, "w1 assistant")
@@ -333,61 +351,67 @@ def test_files(server: Seeing) -> None:
 # ------------------------------------------------------------------------------------------- what is refused
 
 
-def flat_png(width: int, height: int) -> bytes:
-    """A PNG of zeros of one bit each, made without holding the picture."""
-    squeeze = zlib.compressobj(9)
-    row = b"\0" * (1 + -(-width // 8))
-    pixels = b"".join(squeeze.compress(row * 100) for _ in range(height // 100)) + squeeze.flush()
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+def peak_bytes(process: psutil.Process) -> int:
+    """The most memory that a process has had since `forget_peak`, or ever where the system does not let us forget."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
-def animation(frames: int) -> bytes:
-    """A GIF whose frames are all the same but for the first two."""
-    few, more = (
-        file_of(picture(4, 4), "GIF", save_all=True, append_images=[picture(4, 4, index) for index in range(1, count)]) for count in (2, 3)
-    )
-    return few[:-1] + more[len(few) - 1 : -1] * (frames - 2) + few[-1:]
+def forget_peak(process: psutil.Process) -> None:
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
 
 
-BOMB = flat_png(30_000, 30_000)
-CORPUS: dict[str, tuple[bytes, str]] = {
-    "bomb": (BOMB, "pixels"),
-    "smaller bomb": (flat_png(13_000, 13_000), "pixels"),
-    "five thousand frames": (animation(5000), "animated"),
-    "truncated": (file_of(picture(99, 99))[:9000], "damaged"),
-    "truncated photograph": (file_of(picture(99, 99), "JPEG")[:2000], "damaged"),
-    "a thread": (flat_png(8, 30_000), "one side may be"),
-    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image"),
-    "TIFF": (file_of(picture(4, 4), "TIFF"), "no image"),
-    "text": (b"GIF89a is not all that it takes", "no image|damaged"),
-}
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def test_hostile_files_cost_a_400_and_nothing_else(server: Seeing) -> None:
     server.ask(image_part(A))
     before = sum(process.memory_info().rss for process in server.tree())
-    decoders = {process.pid for process in server.decoders()}
-    with server.http.stream(
-        "POST",
-        "/v1/completions",
-        json={"model": "echo", "prompt": "w1 w2", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True},
-    ) as neighbour:
-        for data, words in CORPUS.values():
-            server.refuses(
-                server.ask(text_part("w1"), image_part(A), image_part(data)), rf"^messages\[0\]\.content\[2\]\.image_url: .*({words})"
-            )
+    decoders = server.decoders()
+    watched = [*decoders, *(server.process_of(server.pids[role]) for role in ("http", "media"))]
+    with (
+        ThreadPoolExecutor(1) as threads,
+        server.http.stream(
+            "POST",
+            "/v1/completions",
+            json={"model": "echo", "prompt": "w1 w2", "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True},
+        ) as neighbour,
+    ):
+        for index, (name, case) in enumerate(CORPUS.items()):
+            part, other = image_part(data_url(case.make(), case.media_type)), picture(20, 20, 100 + index)
+            for process in watched:
+                forget_peak(process)
+            used, peaks = sum(map(cpu_s, decoders)), list(map(peak_bytes, watched))
+            asked = threads.submit(server.ask, image_part(other))
+            answer = server.ask(text_part("w1"), image_part(A), part)
+            assert server.says(asked.result()) == server.expected("user", other, "assistant"), f"{name}: a neighbour"
+            if case.words:
+                server.refuses(answer, rf"^messages\[0\]\.content\[2\]\.image_url: .*({case.words})")
+            else:
+                assert case.shown is not None
+                assert server.says(answer) == server.expected("user w1", A, case.shown(), "assistant"), name
+            grown = [peak_bytes(process) - peak for process, peak in zip(watched, peaks)]
+            assert max(grown) < 256 * MIB, f"{name}: {max(grown) / MIB:.0f} MiB"
+            spent = sum(map(cpu_s, decoders)) - used
+            assert spent < MAX_CPU_S, f"{name}: {spent:.2f} s"
         text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in neighbour.iter_lines() if line.startswith("data: {"))
     tokens = predict([server.vocabulary["w1"], server.vocabulary["w2"]], 900, server.config)
     assert text == "".join(f" {server.words[token]}" for token in tokens), "a neighbour"
-    grown = sum(process.memory_info().rss for process in server.tree()) - before
-    assert grown < 256 * MIB, f"{grown / MIB:.0f} MiB"
-    assert {process.pid for process in server.decoders()} >= decoders, "a decoder was lost"
+    grown_all = sum(process.memory_info().rss for process in server.tree()) - before
+    assert grown_all < 256 * MIB, f"{grown_all / MIB:.0f} MiB"
+    assert {process.pid for process in server.decoders()} == {process.pid for process in decoders}, "a decoder was lost"
     server.wait_for(lambda: server.metrics()["light:media_leased"] == 0)
+
+
+def test_a_data_url_of_many_frames(server: Seeing) -> None:
+    url, decoded = frames_url(5000), server.metrics()["light:media_decoded_total"]
+    server.refuses(server.ask(image_part(url)), "not valid base64")
+    server.refuses(server.ask({"type": "video_url", "video_url": {"url": url}}), ".")
+    assert server.metrics()["light:media_decoded_total"] == decoded
+    assert server.says(server.ask(image_part(A))) == server.expected("user", A, "assistant")
 
 
 def test_odd_pictures_are_seen(server: Seeing) -> None:

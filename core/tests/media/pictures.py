@@ -5,6 +5,7 @@ import random
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image
 
 
@@ -31,13 +32,20 @@ def png(width: int, height: int, depth: int, color: int, pixels: bytes, *more: b
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def deflated_zeros(length: int) -> bytes:
+    """So many zeros as zlib compresses them, in pieces that are all the same: to make them takes no time."""
+    piece_len = 1 << 20
+    squeeze = zlib.compressobj(9, wbits=-15)
+    piece = squeeze.compress(bytes(piece_len)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    rest = squeeze.compress(bytes(length % piece_len)) + squeeze.flush()
+    checksum = struct.pack(">HH", length % 65521, 1)
+    return b"\x78\xda" + piece * (length // piece_len) + rest + checksum
+
+
 def flat_png(width: int, height: int, depth: int = 8, color: int = 0) -> bytes:
     """A PNG of zeros, which is small however large the picture is. Made without holding the picture."""
-    row = b"\0" * (1 + width * depth * {0: 1, 2: 3, 6: 4}[color] // 8 + (width * depth % 8 > 0))
-    squeeze = zlib.compressobj(9)
-    rows = max(1, (1 << 20) // len(row))
-    parts = [squeeze.compress(row * min(rows, height - top)) for top in range(0, height, rows)]
-    return png(width, height, depth, color, b"".join(parts) + squeeze.flush())
+    row_len = 1 + -(-width * depth * {0: 1, 2: 3, 6: 4}[color] // 8)
+    return png(width, height, depth, color, deflated_zeros(row_len * height))
 
 
 def gif(num_frames: int) -> bytes:
@@ -48,15 +56,35 @@ def gif(num_frames: int) -> bytes:
 
 
 def apng(num_frames: int) -> bytes:
-    """A PNG that says that it is an animation."""
-    return png(1, 1, 8, 0, zlib.compress(b"\0\0"), chunk(b"acTL", struct.pack(">II", num_frames, 0)))
+    """A PNG that is an animation of one-pixel frames."""
+    pixel, control = zlib.compress(b"\0\0"), struct.Struct(">IIIIIHHBB")
+    parts = [chunk(b"acTL", struct.pack(">II", num_frames, 0)), chunk(b"fcTL", control.pack(0, 1, 1, 0, 0, 1, 10, 0, 0))]
+    still = png(1, 1, 8, 0, pixel, *parts)
+    end = len(chunk(b"IEND", b""))
+    more = []
+    for number in range(1, 2 * num_frames - 1, 2):
+        more.append(chunk(b"fcTL", control.pack(number, 1, 1, 0, 0, 1, 10, 0, 0)))
+        more.append(chunk(b"fdAT", struct.pack(">I", number + 1) + pixel))
+    return still[:-end] + b"".join(more) + still[-end:]
+
+
+def webp(num_frames: int) -> bytes:
+    """An animated WebP of one-pixel frames that are all the same."""
+
+    def part(name: bytes, data: bytes) -> bytes:
+        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+    still = encoded(Image.new("RGB", (1, 1)), "WEBP", lossless=True)[len(b"RIFF....WEBP") :]
+    frame = part(b"ANMF", bytes(12) + b"\x0a\0\0\0" + still)  # at 0, 0, of 1 x 1, for 10 ms
+    head = part(b"VP8X", b"\x02\0\0\0" + bytes(6)) + part(b"ANIM", bytes(6))
+    return part(b"RIFF", b"WEBP" + head + frame * num_frames)
 
 
 def tiff(num_directories: int) -> bytes:
-    """A TIFF whose directories are many."""
-    size = 2 + 12 + 4
-    parts = [b"II*\0" + struct.pack("<I", 8)]
-    for index in range(num_directories):
-        following = 8 + (index + 1) * size if index + 1 < num_directories else 0
-        parts.append(struct.pack("<HHHII", 1, 256, 4, 1, 1) + struct.pack("<I", following))
-    return b"".join(parts)
+    """A TIFF whose directories are many, each with a width and the place of the next."""
+    fields = {"count": "<u2", "tag": "<u2", "type": "<u2", "length": "<u4", "value": "<u4", "next": "<u4"}
+    directories = np.zeros(num_directories, np.dtype(list(fields.items())))
+    for name, value in {"count": 1, "tag": 256, "type": 4, "length": 1, "value": 1}.items():
+        directories[name] = value
+    directories["next"][:-1] = 8 + directories.itemsize * np.arange(1, num_directories)
+    return b"II*\0" + struct.pack("<I", 8) + directories.tobytes()

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+from authority import Authority
 
-from light_core.errors import RequestError
+from light_core.errors import ConfigError, RequestError
 from light_core.media.fetch import Address, Fetcher, is_public, parse_address
 from light_core.media.settings import MediaSettings
 
@@ -65,9 +68,9 @@ def redirect(location: str) -> bytes:
 
 
 @asynccontextmanager
-async def hosting() -> AsyncIterator[Host]:
+async def hosting(tls: ssl.SSLContext | None = None) -> AsyncIterator[Host]:
     host = Host()
-    server = await asyncio.start_server(host.accept, "127.0.0.1", 0)
+    server = await asyncio.start_server(host.accept, "127.0.0.1", 0, ssl=tls)
     host.port = server.sockets[0].getsockname()[1]
     try:
         yield host
@@ -268,6 +271,184 @@ async def test_slow_answers_are_given_up() -> None:
         host.answers |= {"/slow": slow, "/silent": silent}
         for target in host.answers:
             await refused(fetcher, f"http://127.0.0.1:{host.port}{target}", r"did not answer in 0\.25 s")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def trusted(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Authority:
+    """An operator has the authority trusted, and the names of these tests are taken for public ones."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
+    monkeypatch.setattr("light_core.media.fetch.is_public", lambda ip: ip == "127.0.0.1")
+    return authority
+
+
+class Names:
+    """A TLS server of several names: each has its certificate, a client that gives none gets that of the first.
+
+    Attributes:
+        given: name that each handshake gave, None for none.
+    """
+
+    def __init__(self, certificates: dict[str, ssl.SSLContext]) -> None:
+        self.given: list[str | None] = []
+        self.context = next(iter(certificates.values()))
+
+        def choose(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+            self.given.append(name)
+            connection.context = certificates.get(name or "", self.context)
+
+        self.context.sni_callback = choose
+
+
+async def test_https_gives_the_name_and_not_the_address(trusted: Authority) -> None:
+    names = Names({"pictures.test": trusted.server_context("DNS:pictures.test")})
+    async with hosting(names.context) as host, fetching(host, f"pictures.test:{host.port}", answers=[["127.0.0.1"]]) as fetcher:
+        assert await fetcher.fetch(f"https://Pictures.TEST:{host.port}/a.png", "image_url") == BODY
+        assert names.given == ["pictures.test"] and host.requests[0]["host"] == f"pictures.test:{host.port}"
+        assert host.requests[0]["target"] == "/a.png"
+
+
+async def test_https_of_an_address_that_is_allowed_itself(trusted: Authority) -> None:
+    names = Names({"": trusted.server_context("IP:127.0.0.1")})
+    async with hosting(names.context) as host, fetching(host) as fetcher:
+        assert await fetcher.fetch(f"https://127.0.0.1:{host.port}/", "image_url") == BODY
+        assert names.given == [None] and host.requests[0]["host"] == f"127.0.0.1:{host.port}"
+
+
+async def test_certificates_that_do_not_hold(trusted: Authority, tmp_path: Path) -> None:
+    names = {
+        "pictures.test": trusted.server_context("DNS:pictures.test"),
+        "other.test": trusted.server_context("DNS:pictures.test"),
+        "old.test": trusted.server_context("DNS:old.test", is_expired=True),
+        "strange.test": Authority(tmp_path).server_context("DNS:strange.test"),
+    }
+    wrong = {
+        "other.test": "image_url: the host's certificate is for another name",
+        "old.test": "image_url: the host's certificate has expired",
+        "strange.test": "image_url: the host's certificate is not trusted here",
+    }
+    async with hosting(Names(names).context) as host:
+        async with fetching(host, *(f"{name}:{host.port}" for name in wrong), answers=[["127.0.0.1"]] * 3) as fetcher:
+            for name, text in wrong.items():
+                await refused(fetcher, f"https://{name}:{host.port}/", f"^{text}$")
+        async with fetching(host) as fetcher:  # by an address that the certificate does not have
+            await refused(fetcher, f"https://127.0.0.1:{host.port}/", "certificate is for another name$")
+        assert host.requests == [], "nothing is asked of who may be anybody"
+
+
+async def test_hosts_that_speak_no_tls(trusted: Authority) -> None:
+    ended = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(plain(BODY))
+        writer.close()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+        ended.set()
+        writer.close()
+
+    for handler, words in ((answer, "^image_url: the address cannot be fetched$"), (listen, r"did not answer in 0\.25 s$")):
+        server = await asyncio.start_server(handler, "127.0.0.1", 0)
+        domain = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        fetcher = Fetcher(MediaSettings(allowed_media_domains=(domain,), fetch_timeout_s=60.0 if handler is answer else 0.25))
+        try:
+            await refused(fetcher, f"https://{domain}/", words)
+            if handler is listen:
+                async with asyncio.timeout(60):  # a connection whose handshake is given up is closed, by whom there still is
+                    await ended.wait()
+        finally:
+            await fetcher.close()
+            server.close()
+
+
+async def test_redirects_of_https_are_judged_too(trusted: Authority) -> None:
+    certificates = {name: trusted.server_context(f"DNS:{name}") for name in ("pictures.test", "more.test")}
+    names = Names(certificates | {"other.test": certificates["pictures.test"]})
+    async with hosting(names.context) as host, hosting() as plain_host:
+        domains = [f"{name}:{host.port}" for name in ("pictures.test", "more.test", "other.test", "private.test")]
+        addresses = {"private.test": ["10.0.0.7"]}
+
+        async def resolve(name: str, port: int) -> list[str]:
+            return addresses.get(name, ["127.0.0.1"])
+
+        fetcher = Fetcher(MediaSettings(allowed_media_domains=(*domains, f"127.0.0.1:{plain_host.port}"), fetch_timeout_s=120.0), resolve)
+        host.answers |= {
+            "/path": redirect("/a.png"),
+            "/name": redirect(f"https://more.test:{host.port}/a.png"),
+            "/http": redirect(f"http://127.0.0.1:{plain_host.port}/b.png"),
+            "/http-private": redirect(f"http://private.test:{host.port}/"),
+            "/private": redirect(f"https://private.test:{host.port}/"),
+            "/evil": redirect(f"https://evil.test:{host.port}/"),
+            "/http-evil": redirect("http://evil.test/"),
+            "/wrong": redirect(f"https://other.test:{host.port}/"),
+        }
+        plain_host.answers["/https"] = redirect(f"https://pictures.test:{host.port}/a.png")
+        base = f"https://pictures.test:{host.port}"
+        try:
+            assert await fetcher.fetch(f"{base}/path", "image_url") == BODY
+            assert names.given == ["pictures.test"] * 2
+            assert await fetcher.fetch(f"{base}/name", "image_url") == BODY
+            assert names.given[2:] == ["pictures.test", "more.test"] and host.requests[-1]["host"] == f"more.test:{host.port}"
+            assert await fetcher.fetch(f"{base}/http", "image_url") == BODY
+            assert [request["target"] for request in plain_host.requests] == ["/b.png"]
+            assert await fetcher.fetch(f"http://127.0.0.1:{plain_host.port}/https", "image_url") == BODY
+            for target, words in {
+                "private": "host cannot be used",
+                "http-private": "host cannot be used",
+                "evil": "not among",
+                "http-evil": "not among",
+                "wrong": "certificate is for another name",
+            }.items():
+                await refused(fetcher, f"{base}/{target}", words)
+            assert {request["host"] for request in host.requests} == {f"pictures.test:{host.port}", f"more.test:{host.port}"}
+        finally:
+            await fetcher.close()
+
+
+async def test_a_connection_serves_one_name(trusted: Authority) -> None:
+    """Whose certificate was looked at is who is asked, though others have the same address."""
+
+    async def held(writer: asyncio.StreamWriter) -> None:
+        writer.write(plain(BODY).replace(b"Connection: close\r\n", b""))
+        await writer.drain()
+        await asyncio.sleep(600)
+
+    names = Names({name: trusted.server_context(f"DNS:{name}") for name in ("pictures.test", "more.test")})
+    async with hosting(names.context) as host:
+        host.answers["/held"] = held
+        domains = [f"pictures.test:{host.port}", f"more.test:{host.port}"]
+        async with fetching(host, *domains, answers=[["127.0.0.1"]] * 2, fetch_timeout_s=60.0) as fetcher:
+            for domain in domains:
+                assert await fetcher.fetch(f"https://{domain}/held", "image_url") == BODY
+        assert names.given == ["pictures.test", "more.test"] and [request["host"] for request in host.requests] == domains
+
+
+async def test_who_is_trusted_is_the_operators_choice(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    authority.fill_folder(tmp_path / "trusted")
+    (tmp_path / "empty.pem").touch()
+    async with hosting(authority.server_context("IP:127.0.0.1")) as host:
+        url = f"https://127.0.0.1:{host.port}/"
+        async with fetching(host) as fetcher:
+            await refused(fetcher, url, "certificate is not trusted here$")
+        for name, path in (("SSL_CERT_FILE", authority.certificate), ("SSL_CERT_DIR", tmp_path / "trusted")):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, str(path))
+                async with fetching(host) as fetcher:
+                    assert await fetcher.fetch(url, "image_url") == BODY
+    for wrong in ("gone.pem", "empty.pem"):
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / wrong))
+        with pytest.raises(ConfigError, match=f"SSL_CERT_FILE=.*{wrong}"):
+            Fetcher(MediaSettings(allowed_media_domains=("pictures.test",)))
+        await Fetcher(MediaSettings()).close()  # fetches nothing
 
 
 def test_addresses_are_taken_apart() -> None:

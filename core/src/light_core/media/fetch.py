@@ -3,21 +3,27 @@
 A host is resolved once, every address that it has is judged, and the connection goes to one that was judged: nothing is
 resolved a second time. A redirect starts over. Addresses are parsed by one parser, here, that knows far fewer forms
 than others do, and what is sent is built from its parts. No proxies, no cookies, no compressed answers.
+
+A connection goes to an IP address; the host's name is in the handshake, in its certificate and in the Host header. Who may
+sign certificates is what certifi says, or what SSL_CERT_FILE or SSL_CERT_DIR of the environment say instead.
 """
 
 import asyncio
 import ipaddress
+import os
 import re
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from light_core.errors import RequestError
+from light_core.errors import ConfigError, RequestError
 from light_core.media.settings import MediaSettings
 from light_core.media.sources import MAX_URL_CHARS, too_large
 
 if TYPE_CHECKING:
+    import httpcore
     import httpx
 
 __all__ = ["Address", "Fetcher", "Resolver", "is_public", "parse_address"]
@@ -36,6 +42,9 @@ RELATIVE = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=@-]+(?:[/?].*)?")
 """A path that begins with a name, and has no scheme."""
 REDIRECTS = frozenset([301, 302, 303, 307, 308])
 CHUNK_BYTES = 1 << 16
+DISTRUST = {9: "is not valid yet", 10: "has expired", 62: "is for another name", 64: "is for another name"}
+"""By OpenSSL's number of what is wrong with a certificate (X509_V_ERR_*). Of most, authorities that are not known among them, no
+more is said than that it is not trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +106,15 @@ class Fetcher:
     Args:
         settings: hosts and limits.
         resolver: looks hosts up; tests bring their own.
+
+    Raises:
+        ConfigError: there are no certificates where SSL_CERT_FILE says.
     """
 
     def __init__(self, settings: MediaSettings, resolver: Resolver = resolve) -> None:
         self._settings, self._resolver = settings, resolver
         self._allowed = {name.lower() for name in settings.allowed_media_domains}
-        self._client: httpx.AsyncClient | None = None
+        self._client = _create_client() if self._allowed else None
 
     async def fetch(self, url: str, param: str) -> bytes:
         """The body of what is there.
@@ -134,23 +146,35 @@ class Fetcher:
         if address is None:
             raise RequestError(f"{param}: the address is not one that is understood here; write it plainly", param)
         ip = await self._judge(address, param)
+        assert self._client is not None, "no host is allowed, and one has been let through"
         host = f"[{ip}]" if ":" in ip else ip
-        request = self._open().build_request(
+        connections: list[httpcore.AsyncNetworkStream] = []
+
+        async def note(event: str, details: dict[str, Any]) -> None:
+            if event == "connection.connect_tcp.complete":
+                connections.append(details["return_value"])
+
+        request = self._client.build_request(
             "GET",
             f"{address.scheme}://{host}:{address.port}{address.target}",
             headers={"Host": address.authority, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "light"},
-            extensions={"sni_hostname": address.host},
+            extensions={"sni_hostname": address.host, "trace": note},
         )
         try:
-            response = await self._open().send(request, stream=True)
+            response = await self._client.send(request, stream=True)
             try:
                 if response.status_code in REDIRECTS and "location" in response.headers:
                     return _absolute(address, response.headers["location"]), b""
                 return None, await self._body(response, param)
             finally:
                 await response.aclose()
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError):
-            raise RequestError(f"{param}: the address cannot be fetched", param) from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+            why = _distrust(error)
+            text = f"the host's certificate {why}" if why else "the address cannot be fetched"
+            raise RequestError(f"{param}: {text}", param) from None
+        finally:
+            for connection in connections:  # the library forgets one whose handshake is cancelled
+                await connection.aclose()
 
     async def _body(self, response: "httpx.Response", param: str) -> bytes:
         if response.status_code != 200:
@@ -184,13 +208,28 @@ class Fetcher:
             raise RequestError(f"{param}: the host cannot be used", param)
         return found[0]
 
-    def _open(self) -> "httpx.AsyncClient":
-        if self._client is None:
-            import httpx
 
-            limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
-            self._client = httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=None, limits=limits)
-        return self._client
+def _create_client() -> "httpx.AsyncClient":
+    """A connection serves one request: the next may be for another name at the same address."""
+    import httpx
+
+    limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
+    try:
+        authorities = httpx.create_ssl_context()
+    except OSError as error:
+        raise ConfigError(
+            "the certificate authorities for --allowed-media-domains cannot be read",
+            f"SSL_CERT_FILE={os.environ.get('SSL_CERT_FILE')!r}: {error.strerror or type(error).__name__}",
+            "have SSL_CERT_FILE name a file of certificates in PEM, or unset it",
+        ) from None
+    return httpx.AsyncClient(verify=authorities, follow_redirects=False, trust_env=False, timeout=None, limits=limits)
+
+
+def _distrust(error: BaseException | None) -> str | None:
+    """What is wrong with the host's certificate, if it is for that that a connection failed."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return None if error is None else DISTRUST.get(error.verify_code, "is not trusted here")
 
 
 def _is_ip(host: str) -> bool:

@@ -66,7 +66,13 @@ def decode_image(data: bytes, limits: ImageLimits) -> Pixels:
     Raises:
         RequestError: it is no image, damaged, or beyond a limit. The text never quotes a library's message.
     """
-    return image_pixels(open_image(data, limits))
+    image = open_image(data, limits)
+    try:
+        return image_pixels(image)
+    except MemoryError:
+        raise RequestError("the image needs too much memory", "image") from None
+    except Exception:  # a palette that ends before its pixels do, say
+        raise RequestError("the image is damaged or incomplete", "image") from None
 
 
 def image_pixels(image: "Image") -> Pixels:
