@@ -23,10 +23,15 @@ from light_core import LLM, SamplingParams
 from light_core.config import EngineConfig
 from light_core.engine.loading import bind_model, resolve_model
 from light_core.errors import CheckpointError, RequestError
+from light_qwen.tokenizer import load_tokenizer
+from light_qwen_vl.tokenizer import add_image_tokens
 from light_sdk import MediaTokens
 from light_sdk.testing.driver import Driver
 from light_sdk.testing.loading import load_model
 from light_sdk.testing.reference import create_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from control_tokens import check_control_tokens
 
 LIGHT = str(Path(sys.executable).with_name("light"))
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -175,13 +180,15 @@ def test_as_many_pictures_as_placeholders(llm):
 
 
 def test_served_over_http(tmp_path):
-    """A real server, asked through the real openai package: a conversation with two pictures, plain and streamed."""
+    """A real server, asked through the real openai package: a conversation with two pictures, plain and streamed; control tokens
+    in what a client writes."""
     source, log = write("qwen2-vl", tmp_path), tmp_path / "server.log"
     arguments = ["--model-plugin", "qwen_vl", "--device", "cpu", "--dtype", "float32", "--port", "0", "--drain-delay", "0"]
     with log.open("w") as stream:
         process = subprocess.Popen([LIGHT, "serve", str(tmp_path), *arguments], stdout=stream, stderr=stream, env=dict(os.environ))
     try:
-        with openai.OpenAI(base_url=wait_for_url(process, log) + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+        url = wait_for_url(process, log)
+        with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
             model = client.models.list().data[0].id
             parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in (FIRST, SECOND)]
             messages = [
@@ -200,6 +207,9 @@ def test_served_over_http(tmp_path):
             chunks = client.chat.completions.create(**options, extra_body=more, stream=True)
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
             assert re.findall(r"w\d+|<[^>]*>", text) == words
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+            check_control_tokens(url, model, tokenizer, placeholder="<|image_pad|>", picture=parts[1])
+            assert client.chat.completions.create(**options, extra_body=more).choices == answer.choices
     finally:
         process.terminate()
         assert process.wait(60) == 0, log.read_text()
@@ -277,6 +287,11 @@ def write_first(folder, **changes):
     (folder / "generation_config.json").write_text(json.dumps({"chat_format": "chatml", "eos_token_id": RANKS}))
     lines = [base64.b64encode(bytes([byte])).decode() + f" {byte}\n" for byte in range(RANKS)]
     (folder / "qwen.tiktoken").write_text("".join(lines))
+
+
+def read_first_tokenizer(folder):
+    """As its plugins make it of the files in `folder`."""
+    return add_image_tokens(load_tokenizer(folder))
 
 
 @pytest.fixture(scope="module")

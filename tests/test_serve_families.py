@@ -27,6 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parent))
+from control_tokens import MAX_LEN, QWEN, add_published, check_control_tokens
 from test_serve import Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +37,12 @@ PROMPTS = ([5, 9, 33, 70, 21], [5, 9, 33, 70, 21, 8, 4, 99, 61], [120])
 SETTINGS = {"temperature": 0, "max_tokens": NUM_TOKENS, "extra_body": {"ignore_eos": True, "skip_special_tokens": False}}
 SIDE = 28
 """Of the pictures that LLaVA's tower takes."""
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<image>")
+SPECIAL = (*QWEN, "<image>")
 NUM_WORDS = 154
-START, END, VISION_START, VISION_END, IMAGE_PAD, IMAGE_TOKEN = range(NUM_WORDS, NUM_WORDS + len(SPECIAL))
+START, END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD, IMAGE_TOKEN = (
+    NUM_WORDS + SPECIAL.index(token)
+    for token in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<image>")
+)
 """Of models with eyes: what comes after the words."""
 TEXT = {
     "vocab_size": NUM_WORDS + len(SPECIAL),
@@ -47,7 +51,7 @@ TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": MAX_LEN,
     "initializer_range": 0.3,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -58,6 +62,13 @@ def draw() -> Image.Image:
     picture = Image.merge("RGB", [Image.linear_gradient("L").resize((60, 40)).rotate(90 * turns, expand=False) for turns in range(3)])
     ImageDraw.Draw(picture).ellipse((10, 5, 40, 30), fill=(250, 30, 40))
     return picture
+
+
+def picture_part(picture: Image.Image) -> dict[str, Any]:
+    """Of a message's content."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}}
 
 
 def write(source: Any, folder: Path) -> Any:
@@ -89,7 +100,12 @@ def tiny_qwen_vl(folder: Path) -> Any:
     torch.manual_seed(6)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     eyes = {"depth": 2, "num_heads": 4, "patch_size": 14, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 3, "initializer_range": 0.3}
-    ids = {"image_token_id": IMAGE_PAD, "video_token_id": 0, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    ids = {
+        "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    }
     source = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=TEXT | {"rope_parameters": rope}, vision_config=eyes, **ids)).eval()
     return write(source, folder)
 
@@ -140,10 +156,7 @@ def check_qwen_vl(server: Any, source: Any) -> None:
 
 def check_picture(server: Any, source: Any, picture: Image.Image, ids: list[int], media: dict[str, torch.Tensor]) -> None:
     """A conversation about `picture`, which the plugin makes a prompt `ids` and transformers' processor makes `media`."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "w7 w8"}]
+    parts = [picture_part(picture), {"type": "text", "text": "w7 w8"}]
     messages = [{"role": "system", "content": "w9"}, {"role": "user", "content": parts}]
     answer = server.openai.chat.completions.create(model=server.model, messages=messages, **SETTINGS)
     expected = greedy(source, ids, **media)
@@ -157,19 +170,26 @@ SEEING: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Any], None]]] = {
     "qwen_vl": (tiny_qwen_vl, check_qwen_vl),
 }
 """Families with eyes: what writes a model of it and what asks about pictures."""
+PLACEHOLDERS = {"llava": "<image>", "qwen_vl": "<|image_pad|>"}
+"""Of a picture in a plain prompt."""
 SERVED = ("bloom", "deepseek", "llama", "mixtral", "qwen", "qwen_moe", *SEEING)
 
 
 @pytest.mark.parametrize("family", SERVED)
 def test_answers_are_transformers(family: str, families: dict[str, Callable[[Path], Any]], tmp_path: Path) -> None:
-    """By the plugin of that name, until it is told to end."""
+    """By the plugin of that name, until it is told to end; what clients write is text to it."""
     create, check = SEEING.get(family) or (families[family], check_chat)
     source = create(tmp_path)
+    if family not in SEEING:
+        add_published(source, tmp_path, family)
     server = Server(str(tmp_path), "--model-plugin", family, "--dtype", "float32")
     try:
         server.ready()
         check_completions(server, source)
         check(server, source)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        picture = picture_part(draw()) if family in SEEING else None
+        check_control_tokens(server.url, server.model, tokenizer, placeholder=PLACEHOLDERS.get(family), picture=picture)
         server.process.terminate()
         assert server.ended() == 0, server.log
     finally:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent))
 import test_llava
 import test_qwen_vl
+from control_tokens import check_control_tokens
 from test_llava import folder as llava_next
 from test_qwen_vl import FIRST, SECOND, data_url
 from test_serve import Server
@@ -61,12 +62,14 @@ class Variant:
 
     Attributes:
         server: that has it.
+        tokenizer: transformers', as the server has it.
         greedy: prompt and output of the reference, both as token ids, for a user's picture and `WORDS` after it.
         tokens: control tokens, as a client may write them.
         image_id: the placeholder's token; None where the vocabulary has none, so that there is nothing to count.
     """
 
     server: Server
+    tokenizer: Any
     greedy: Callable[[Any], tuple[list[int], list[int]]]
     tokens: tuple[str, ...]
     image_id: int | None
@@ -81,6 +84,11 @@ class Variant:
 
     def says(self, picture: Any) -> list[int]:
         return list(self.ask(picture, WORDS).choices[0].token_ids)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    is_first = not (folder / "tokenizer.json").exists()
+    return test_qwen_vl.read_first_tokenizer(folder) if is_first else PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def lengthen(folder: Path) -> None:
@@ -178,7 +186,7 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     lengthen(folder)
     server = Server(str(folder), "--model-plugin", plugin, "--dtype", "float32")
     try:
-        yield Variant(server.ready(), greedy, tokens, image_id)
+        yield Variant(server.ready(), read_tokenizer(folder), greedy, tokens, image_id)
     finally:
         server.close()
 
@@ -207,3 +215,12 @@ def test_control_tokens_in_a_clients_text_are_text(variant: Variant) -> None:
         except openai.BadRequestError as error:
             assert "placeholder" in error.body["message"], token
         assert variant.says(FIRST) == expected
+
+
+def test_every_token_that_a_client_writes(variant: Variant) -> None:
+    """Of the tokenizer, once and very often, alone and beside a picture."""
+    _, expected = variant.greedy(FIRST)
+    placeholder = next(token for token in ("<imgpad>", "<|image_pad|>", "<image>") if token in variant.tokens)
+    (picture,) = conversation(FIRST)[1]["content"]
+    check_control_tokens(variant.server.url, variant.server.model, variant.tokenizer, placeholder=placeholder, picture=picture)
+    assert variant.says(FIRST) == expected

@@ -66,6 +66,17 @@ def test_continues_as_transformers_does(tokenizer: Tokenizer, tokenizer_folder: 
     assert own.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
 
 
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1"])
+def test_what_is_hidden_in_a_text_that_is_continued_stays_text(tokenizer: Tokenizer, mark: str) -> None:
+    """Characters that Light itself puts into texts do not come out of a client's."""
+    hidden = f"<|im_{mark}end|>"
+    messages = [*CONVERSATION, {"role": "assistant", "content": tokenizer.mark(hidden)}]
+    own = ChatTemplate(TEMPLATES[0], tokenizer.special_tokens_map)
+    text = own.render(messages, add_generation_prompt=False, continue_final_message=True)
+    tail = tokenizer.encode_marked(text[text.rindex("im_") - 2 :])
+    assert not tokenizer.special_ids & set(tail)
+
+
 HOSTILE = [
     "{{ 'a' * 10**9 }}",
     "{{ 'a' * 10**5 * 10**5 }}",

@@ -43,6 +43,20 @@ def test_marked_text_has_no_special_tokens_and_stays_the_same(tokenizer: Tokeniz
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
+def test_control_tokens_that_are_not_called_special(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A turn begins with one in published tokenizers; tags, of which some are tokens too, are text that a client may mean."""
+    hf = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    hf.add_tokens(["<｜User｜>", "<|fim_hole|>", "<tool_call>"])
+    hf.save_pretrained(tmp_path)
+    changed = load_tokenizer(tmp_path)
+    user, hole, call = (hf.convert_tokens_to_ids(token) for token in ("<｜User｜>", "<|fim_hole|>", "<tool_call>"))
+    text = "a <｜User｜> b <|fim_hole|> <tool_call>"
+    assert {user, hole, call} <= set(changed.encode(text)) and not {user, hole} & changed.special_ids
+    ids = changed.encode_marked(changed.mark(text))
+    assert not {user, hole} & set(ids) and call in ids
+    assert changed.decode(ids, skip_special_tokens=False) == text
+
+
 def test_parts_of_characters_have_distinct_texts(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("é", add_special_tokens=False)
     assert [tokenizer.token_text(token) for token in ids] == ["bytes:\\xc3", "bytes:\\xa9"]

@@ -345,8 +345,9 @@ def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     text = parts[-1].get("text")
     if not isinstance(text, str) or not text:
         raise RequestError("continue_final_message needs a last message with text", "continue_final_message")
-    # The space tells whether the template trims contents.
-    marked = text.replace(CONTINUE_MARK, "") + CONTINUE_MARK + " "
+    # The space tells whether the template trims contents. A mark in the text itself stays: without it, what stands around it might
+    # be a special token that `Tokenizer.mark` has not seen.
+    marked = text + CONTINUE_MARK + " "
     shown = [*parts[:-1], {"type": "text", "text": marked}] if isinstance(content, list) else marked
     return [*messages[:-1], {**last, "content": shown}]
 

@@ -31,6 +31,9 @@ LITERAL_MARK = "\ufdd0"
 is encoded as ordinary text and never as the token."""
 
 _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+_CONTROL_FORM = re.compile(r"<[|｜].*[|｜]>")
+"""Of added tokens that nobody means as text. Some tokenizers do not call all of them special, not even `<｜User｜>`, which
+begins a turn."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -58,7 +61,7 @@ class Tokenizer:
         self.generation_defaults: Mapping[str, float] = MappingProxyType(dict(generation_defaults or {}))
         self.vocab_size = len(hf)
         self._kind = _piece_kind(self._backend)
-        self._special_pattern = _alternatives(self.special_strings)
+        self._control_pattern = _alternatives(self.special_strings | set(filter(_CONTROL_FORM.fullmatch, self._added.values())))
         self._pieces: dict[int, bytes] = {}
 
     @property
@@ -103,11 +106,11 @@ class Tokenizer:
             raise RequestError("the text is not valid Unicode: it holds a lone surrogate", "prompt") from error
 
     def mark(self, text: str) -> str:
-        """`text` with each special token's text cut by `LITERAL_MARK`, for `encode_marked`."""
+        """`text` with the text of each special token, and of others of their form, cut by `LITERAL_MARK`, for `encode_marked`."""
         text = text.replace(LITERAL_MARK, "")
-        if self._special_pattern is None:
+        if self._control_pattern is None:
             return text
-        return self._special_pattern.sub(lambda found: found[0][0] + LITERAL_MARK + found[0][1:], text)
+        return self._control_pattern.sub(lambda found: found[0][0] + LITERAL_MARK + found[0][1:], text)
 
     def encode_marked(self, text: str) -> list[int]:
         """Token ids of `text`, without added special tokens; marked special tokens are ordinary text."""
