@@ -64,8 +64,8 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 def test_every_command_has_a_body() -> None:
     """Bodies are imported late; a name that is wrong would show only when somebody calls it."""
-    from light_core.cli import bench, chat, collect_env, doctor, generate, plugins, serve
+    from light_core.cli import bench, chat, collect_env, convert, doctor, generate, plugins, serve
 
-    for module in (bench, chat, collect_env, doctor, generate, plugins, serve):
+    for module in (bench, chat, collect_env, convert, doctor, generate, plugins, serve):
         for name in module.__all__:
             assert callable(getattr(module, name))

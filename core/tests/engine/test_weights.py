@@ -149,7 +149,15 @@ def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError) as caught:
         checkpoint_files(tmp_path)
-    assert "pytorch_model.bin" in caught.value.block() and "save_pretrained" in caught.value.remedy
+    assert "pytorch_model.bin" in caught.value.block()
+    assert caught.value.remedy == f"convert to safetensors: light convert {tmp_path} NEW_FOLDER"
+
+
+def test_pickles_of_a_trainer_are_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match="has no weights") as caught:
+        checkpoint_files(tmp_path)
+    assert "light convert" not in caught.value.remedy
 
 
 def test_index_names_missing_and_outside_files(tmp_path: Path) -> None:

@@ -105,6 +105,19 @@ _add_sectioned(
 )
 _add(
     command,
+    "convert",
+    "light_core.cli.convert:convert",
+    """Write NEW_FOLDER with the weights of MODEL as safetensors, if they are pickles: pytorch_model*.bin and the like.
+
+    MODEL is a local folder or a hub id like org/name. Tensors keep their names and dtypes; configuration, tokenizer and
+    templates come along. No code of a pickle is run.
+    """,
+    _model_argument(),
+    click.Argument(["new_folder"], required=True, metavar="NEW_FOLDER"),
+    click.Option(["--revision"], help="Branch, tag or commit of a hub id."),
+)
+_add(
+    command,
     "generate",
     "light_core.cli.generate:generate",
     "Complete PROMPTs with MODEL in this process.",

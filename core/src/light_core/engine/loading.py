@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from light_core.config import EngineConfig
-from light_core.engine.model_files import ModelFiles, read_config, resolve_dtype, resolve_folder, resolve_max_model_len, text_files
+from light_core.engine.model_files import (
+    ModelFiles,
+    read_config,
+    require_safetensors,
+    resolve_dtype,
+    resolve_folder,
+    resolve_max_model_len,
+    text_files,
+)
 from light_core.errors import ConfigError, ModelError
 from light_core.ops import Machine
 from light_core.plugins import (
@@ -90,6 +98,8 @@ def resolve_model(
     folder = resolve_folder(config.model, config.revision, shipped, weights=config.load_format != "dummy")
     files = read_config(folder, config.hf_overrides)
     family = resolve_family(files.architectures, plugins)
+    if config.load_format != "dummy":
+        require_safetensors(config.model, config.revision, folder)
     quantization = resolve_quantization(files, family)
     device = device or resolve_device(config.device)
     text = text_files(files, family)

@@ -4,7 +4,6 @@ Each tensor is read once, memory-mapped, and copied straight to its place. Loadi
 the checkpoint is consumed, every parameter is set. Not here: finding or downloading a checkpoint (`model_files`).
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from light_core.engine.model_files import listed, pickled_weights, pickles_refused, read_index
 from light_core.errors import CheckpointError
 from light_core.types import Placement, Shard, WeightPlan
 
@@ -23,8 +23,6 @@ __all__ = ["check_names", "checkpoint_files", "fill_dummy", "finish_loading", "l
 Progress = Callable[[float], None]
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-REFUSED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-LISTED = 8
 DUMMY_BOUND = 0.035  # uniform in ±0.035 has the standard deviation 0.02 of usual initialisations
 
 
@@ -151,25 +149,17 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / INDEX
     if index.is_file():
-        names = _indexed(index)
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{index} points outside its folder", outside[0], "get the checkpoint from a source that you trust")
+        names = sorted(set(read_index(index).values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} weight files", _listed(missing), "download the rest")
+            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} weight files", listed(missing), "download the rest")
         return [folder / name for name in names]
     # Another file beside it has the same weights in another layout ("consolidated.safetensors").
     files = [folder / WHOLE] if (folder / WHOLE).is_file() else sorted(folder.glob("*.safetensors"))
     if files:
         return files
-    pickled = sorted(file.name for pattern in REFUSED for file in folder.glob(pattern))
-    if pickled:
-        raise CheckpointError(
-            f"{folder} has no safetensors weights",
-            f"{pickled[0]} is a pickle, which can run code when it is read, and is refused",
-            "convert to safetensors: transformers' AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
-        )
+    if pickled := pickled_weights(folder, [file.name for file in folder.glob("*")]):
+        raise pickles_refused(folder, pickled)
     raise CheckpointError(
         f"{folder} has no weights", "no *.safetensors file is there", "download them, or use --load-format dummy for random ones"
     )
@@ -178,17 +168,6 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 def plan_files(plan: WeightPlan, folder: str | Path) -> list[Path]:
     """`checkpoint_files` of `folder` and of every folder that `plan` names."""
     return [file for each in (folder, *plan.folders) for file in checkpoint_files(each)]
-
-
-def _indexed(index: Path) -> list[str]:
-    """Names of the files that `index` lists."""
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read", f"{type(error).__name__}: {error}", "download it again") from error
-    if not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index} is not an index", "its weight_map does not name files", "download it again")
-    return sorted(names)
 
 
 def _open(file: Path) -> Any:
@@ -286,7 +265,11 @@ class _Target:
             part = tensor.shape[placement.shard_dim] // shard.size
             tensor = tensor.narrow(placement.shard_dim, shard.rank * part, part)
         if placement.transform is not None:
-            tensor = placement.transform(tensor, *extras)
+            try:
+                tensor = placement.transform(tensor, *extras)
+            except CheckpointError as error:
+                names = ", ".join((placement.source, *placement.extras))
+                raise CheckpointError(f"{names}: {error.error}", error.cause, error.remedy) from error
         parameter = self._parameters[placement.param].data
         rows = self._rows(placement)
         place = (
@@ -315,16 +298,20 @@ class _Target:
         """Raises `CheckpointError` unless every tensor was consumed and every parameter set."""
         problems = []
         if self._unexpected:
-            problems.append(f"{len(self._unexpected)} tensors are not in the weight plan: {_listed(self._unexpected)}")
+            problems.append(f"{len(self._unexpected)} tensors are not in the weight plan: {listed(self._unexpected)}")
         tied: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self._parameters.items():
             tied[id(parameter)].append(name)
-        unset = [names[0] for names in tied.values() if not self._complete(names)]
+        unset = [names for names in tied.values() if not self._complete(names)]
         if unset:
-            problems.append(f"{len(unset)} parameters are not set: {_listed(unset)}")
+            wanted = {name for names in unset for name in names}
+            absent = dict.fromkeys(p.source for p in self._plan.placements if p.param in wanted and p.source not in self._taken)
+            problems.append(f"{len(unset)} parameters are not set: {listed([names[0] for names in unset])}")
+            if absent:
+                problems.append(f"{len(absent)} tensors that fill them are missing: {listed(list(absent))}")
         needed = {name for source in self._taken for placement in self._wanted.get(source, ()) for name in placement.extras}
         if lacking := sorted(needed - set(self._taken)):
-            problems.append(f"{len(lacking)} tensors that others need are missing: {_listed(lacking)}")
+            problems.append(f"{len(lacking)} tensors that others need are missing: {listed(lacking)}")
         if problems:
             raise CheckpointError(
                 f"the checkpoint in {folder} does not fit the model", "; ".join(problems), "check that config.json belongs to these weights"
@@ -347,7 +334,3 @@ def _covers(runs: list[tuple[int, int]], rows: int) -> bool:
             return False
         end = stop
     return end == rows
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

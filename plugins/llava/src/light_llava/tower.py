@@ -11,6 +11,7 @@ read from config.json of that folder; without one they are those of ViT-L/14 at 
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +46,14 @@ def find_tower(name: str, folder: str) -> Tower:
     """The vision tower `name` of the checkpoint in `folder`.
 
     Raises:
-        ModelError: it is in neither place, or its configuration is not one.
+        ModelError: it is in neither place, its weights are pickles, or its configuration is not one.
     """
     places = (Path(name), Path(folder) / name)
     place = next((place for place in places if (place / "config.json").is_file()), None)
     is_inside = any("vision_tower." in tensor for tensor in _tensor_names(Path(folder)))
     if place is not None:
+        if not is_inside:
+            _refuse_pickles(place)
         return Tower(place, is_inside, _read_entries(place / "config.json"))
     if is_inside and name.endswith(KNOWN):
         return Tower(None, True, {})
@@ -61,6 +64,18 @@ def find_tower(name: str, folder: str) -> Tower:
         f"download it (hf download {name} --local-dir {places[1]}), or name its folder with "
         '--hf-overrides \'{"mm_vision_tower": "/path/to/it"}\'',
     )
+
+
+def _refuse_pickles(place: Path) -> None:
+    """Raises `ModelError` if the weights in `place` are pickles alone, as CLIP's own are published."""
+    pickled = sorted(file.name for file in place.glob("*.bin"))
+    if pickled and not any(place.glob("*.safetensors")):
+        raise ModelError(
+            f"the vision tower {place} has no safetensors weights",
+            f"{pickled[0]} is a pickle, which can run code when it is read, and is refused",
+            f"light convert {shlex.quote(str(place))} NEW_FOLDER, then put NEW_FOLDER in its place, or name it with "
+            '--hf-overrides \'{"mm_vision_tower": "NEW_FOLDER"}\'',
+        )
 
 
 def _read_entries(path: Path) -> dict[str, Any]:
