@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
@@ -20,11 +21,13 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from light_llava.images import MEAN
+from light_llava.model import BATCH
 from light_sdk import MediaTokens
 from light_sdk.testing import FamilyConformance
+from light_sdk.testing.bounds import LOGITS
 from light_sdk.testing.conformance import Case
 from light_sdk.testing.loading import load_model
-from light_sdk.testing.reference import PREFIX_LEN, Trace, create_model, trace
+from light_sdk.testing.reference import PREFIX_LEN, Trace, create_model, save_model, trace
 
 IMAGE_TOKEN, SIDE = 100, 28
 TEXT = {
@@ -235,3 +238,24 @@ class TestConformance(FamilyConformance):
         (encoder,) = case.runtime.media_encoders
         assert (encoder.placeholder, encoder.token_id) == ("<image>", None if case.name in ORIGINALS else IMAGE_TOKEN)
         assert case.name != "original-mistral" or case.runtime.model.config.model_type == "mistral"
+
+
+SHAPES = ((60, 33), (37, 90), (28, 28), (300, 20), (9, 64), (57, 56), (224, 224), (13, 11), (100, 75), (75, 100), (31, 30), (200, 90))
+"""Widths and heights: squares, bands, pictures smaller than a patch, and as large as tiles are."""
+
+
+@pytest.mark.parametrize("name", list(TestConformance().configs()))
+def test_embeddings_of_pictures_of_many_shapes(name: str, tmp_path: Path) -> None:
+    """What the text model is given: tower and projector alone, tiles and the ends of their rows packed, in one batch."""
+    suite = TestConformance()
+    source = suite.create_source(name)
+    save_model(source, tmp_path, lambda config: suite.rewrite_config(name, config))
+    (encoder,) = load_model(tmp_path, suite.plugins).media_encoders
+    pictures = [draw(*size, seed=index) for index, size in enumerate(SHAPES)]
+    items = [encoder.preprocess(ppm(picture)) for picture in pictures]
+    assert "order" not in items[0] or sum(len(item["tiles"]) for item in items) > BATCH, "all tiles go through the tower at once"
+    with torch.inference_mode():
+        expected = source.get_image_features(**pixels(name, source.config, pictures)).pooler_output
+        found = encoder.module(items).split([encoder.num_tokens(item) for item in items])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=LOGITS.limit, rtol=0)

@@ -8,6 +8,7 @@ torch's own attention with projections in the resampler, rotation by complex num
 import io
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from light_qwen_vl.first_generation import FirstShape, resize_positions
 from light_sdk import MediaTokens, ModelError
 from light_sdk.testing import FamilyConformance
-from light_sdk.testing.reference import PREFIX_LEN, Trace, trace
+from light_sdk.testing.bounds import LOGITS
+from light_sdk.testing.loading import load_model
+from light_sdk.testing.reference import PREFIX_LEN, Trace, save_model, trace
 
 START = 98
 """Of a picture; 99 ends it, and 100 is its placeholder."""
@@ -223,6 +226,17 @@ def normalised(picture: Image.Image, size: int = SIZE) -> torch.Tensor:
     return (values - mean.double().view(3, 1, 1)) / std.double().view(3, 1, 1)
 
 
+def create_reference(config: QwenVLConfig, trained: int = NUM_QUERIES) -> Reference:
+    """Weights that float32 holds exactly, computed with in float64."""
+    model, generator = Reference(config, trained).float().eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.15, generator=generator)
+            if parameter.ndim == 1 and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.double()
+
+
 class TestConformance(FamilyConformance):
     plugins = ("light_qwen.hooks", "light_qwen_vl.hooks")
 
@@ -230,14 +244,7 @@ class TestConformance(FamilyConformance):
         return {"qwen-vl": qwen_vl(), "same-width": qwen_vl({"width": 128, "heads": 4, "mlp_ratio": 1.0, "layers": 1})}
 
     def create_source(self, name: str) -> Any:
-        """Weights that float32 holds exactly, computed with in float64."""
-        model, generator = Reference(self.configs()[name]).float().eval(), torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                parameter.normal_(0.0, 0.15, generator=generator)
-                if parameter.ndim == 1 and parameter_name.endswith("weight"):
-                    parameter.add_(1.0)
-        return model.double()
+        return create_reference(self.configs()[name])
 
     def create_traces(self, name: str, source: Any) -> list[Trace]:
         traces = []
@@ -275,6 +282,28 @@ class TestConformance(FamilyConformance):
             "architectures": TEXT["architectures"],
             "visual": config["visual"],
         }
+
+
+@pytest.mark.parametrize(
+    ("visual", "trained"),
+    [({}, NUM_QUERIES), ({"width": 128, "heads": 4, "mlp_ratio": 1.0}, 16), ({"image_size": 448, "n_queries": 256, "layers": 1}, 256)],
+    ids=["tiny", "same-width", "published-squares"],
+)
+def test_embeddings_of_pictures_of_many_shapes(visual: dict[str, Any], trained: int, tmp_path: Path) -> None:
+    """Transformer and resampler alone, in one batch; the last as published, but for widths: 448 pixels a side become 32 x 32
+    patches, whose positions were trained for 16 x 16, and 256 tokens."""
+    suite, config = TestConformance(), qwen_vl(visual)
+    source = create_reference(config, trained)
+    save_model(source, tmp_path, lambda config: suite.rewrite_config("", config))
+    (encoder,) = load_model(tmp_path, suite.plugins).media_encoders
+    pictures = [draw(*size, seed=index) for index, size in enumerate(((300, 200), (30, 400), (448, 448), (61, 57)))]
+    items = [encoder.preprocess(ppm(picture)) for picture in pictures]
+    with torch.inference_mode():
+        expected = source.transformer.visual(torch.stack([normalised(picture, config.visual["image_size"]) for picture in pictures]))
+        found = encoder.module(items).split([encoder.num_tokens(item) for item in items])
+    assert expected.shape == (len(pictures), config.visual["n_queries"], TEXT["hidden_size"])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=LOGITS.limit, rtol=0)
 
 
 def test_positions_keep_their_places_when_there_are_more_of_them() -> None:

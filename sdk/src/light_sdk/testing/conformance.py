@@ -259,16 +259,21 @@ class FamilyConformance:
     def test_wrong_checkpoints_are_refused(self, case: Case, tmp_path: Path) -> None:
         """A tensor that is missing, one too many, or of another shape is an error that names it."""
         tensors = load_file(case.folder / "model.safetensors")
-        name = max(tensors, key=lambda name: (tensors[name].ndim, name))
-        shorter = tensors[name][:-1].contiguous()
-        wrong = {"missing": {k: v for k, v in tensors.items() if k != name}, "extra": tensors | {"stray.weight": tensors[name].clone()}}
-        for kind, changed in (wrong | {"shape": tensors | {name: shorter}}).items():
+        name, stray = max(tensors, key=lambda name: (tensors[name].ndim, name)), "stray.weight"
+        wrong = {
+            "missing": (name, {k: v for k, v in tensors.items() if k != name}),
+            "extra": (stray, tensors | {stray: tensors[name].clone()}),
+            "shape": (name, tensors | {name: tensors[name][:-1].contiguous()}),
+        }
+        for kind, (culprit, changed) in wrong.items():
             folder = tmp_path / kind
             folder.mkdir()
             (folder / "config.json").write_text((case.folder / "config.json").read_text())
             save_file(changed, folder / "model.safetensors")
-            with pytest.raises(CheckpointError):
+            with pytest.raises(CheckpointError) as caught:
                 load_model(folder, self.plugins, max_model_len=MAX_MODEL_LEN)
+            named = strip(culprit, case.runtime.weight_plan.prefixes)
+            assert named in str(caught.value), f"{kind}: {culprit!r} is not named by {caught.value}"
 
     @allows(EXACT)
     def test_sharded_checkpoint(self, case: Case, tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""Qwens as they are published: config.json and every tensor of Qwen/Qwen-7B, Qwen2.5-7B, Qwen2.5-1.5B, whose head is its
+embedding, and Qwen3-8B, without values.
+
+Loaded on "meta" as any checkpoint is, so that names, shapes, merges and ties are those of a real load.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from light_sdk import CheckpointError
+from light_sdk.testing.loading import load_model
+
+PLUGINS = ("light_qwen.hooks",)
+WHOLE = "model.safetensors"
+FIRST: dict[str, Any] = {
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-6,
+    "max_position_embeddings": 32768,
+    "no_bias": True,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 8192,
+    "tie_word_embeddings": False,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "vocab_size": 151936,
+}
+SECOND: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+TIED = SECOND | {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+THIRD: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def published_tensors(config: dict[str, Any]) -> Shapes:
+    """The tensors of the model's index, and their shapes."""
+    if config["model_type"] == "qwen":
+        return first_generation(config)
+    found = decoder(config, biases=config["model_type"] == "qwen2")
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
+    if config["model_type"] == "qwen3":
+        layers = range(config["num_hidden_layers"])
+        found |= {f"model.layers.{i}.self_attn.{part}_norm.weight": (config["head_dim"],) for i in layers for part in "qk"}
+    return found
+
+
+def first_generation(config: dict[str, Any]) -> Shapes:
+    """The tensors of 2023; an entry of the configuration counts the gate and the product beside it together."""
+    size, inner = config["hidden_size"], config["intermediate_size"] // 2
+    found: Shapes = {f"{name}.weight": (config["vocab_size"], size) for name in ("transformer.wte", "lm_head")}
+    found["transformer.ln_f.weight"] = (size,)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"transformer.h.{i}"
+        found |= {f"{layer}.{norm}.weight": (size,) for norm in ("ln_1", "ln_2")}
+        found |= {f"{layer}.attn.c_attn.weight": (3 * size, size), f"{layer}.attn.c_attn.bias": (3 * size,)}
+        found[f"{layer}.attn.c_proj.weight"] = (size, size)
+        found |= {f"{layer}.mlp.{part}.weight": (inner, size) for part in ("w1", "w2")}
+        found[f"{layer}.mlp.c_proj.weight"] = (size, inner)
+    return found
+
+
+def decoder(config: dict[str, Any], prefix: str = "model.", biases: bool = True) -> Shapes:
+    """The text model below `prefix`, without its head; `biases` of q, k and v."""
+    size, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim", size // heads)
+    widths = {"q": heads * head_dim, "k": config["num_key_value_heads"] * head_dim, "v": config["num_key_value_heads"] * head_dim}
+    found: Shapes = {f"{prefix}embed_tokens.weight": (config["vocab_size"], size), f"{prefix}norm.weight": (size,)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{prefix}layers.{i}"
+        found |= {f"{layer}.{norm}.weight": (size,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        for part, width in widths.items():
+            found[f"{layer}.self_attn.{part}_proj.weight"] = (width, size)
+            if biases:
+                found[f"{layer}.self_attn.{part}_proj.bias"] = (width,)
+        found[f"{layer}.self_attn.o_proj.weight"] = (size, widths["q"])
+        found |= {f"{layer}.mlp.{part}_proj.weight": (inner, size) for part in ("gate", "up")}
+        found[f"{layer}.mlp.down_proj.weight"] = (size, inner)
+    return found
+
+
+class Header:
+    """In the place of an open safetensors file: tensors have shapes alone."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+
+    def __enter__(self) -> "Header":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def offset_keys(self) -> list[str]:
+        return list(self.shapes)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="meta")
+
+
+def load_published(folder: Path, config: dict[str, Any], shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Loads the checkpoint; how many numbers its parameters hold, tied ones once."""
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(shapes, WHOLE)}))
+    (folder / WHOLE).touch()
+    monkeypatch.setattr("light_core.engine.weights.safe_open", lambda file, **options: Header(shapes))
+    modules = load_model(folder, PLUGINS, "bfloat16", "meta", 4096).modules
+    return sum({id(parameter): parameter.numel() for module in modules.values() for parameter in module.parameters()}.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "num_tensors", "num_parameters"),
+    [(FIRST, 259, 7_721_324_544), (SECOND, 339, 7_615_616_512), (TIED, 338, 1_543_714_304), (THIRD, 399, 8_190_735_360)],
+    ids=["Qwen-7B", "Qwen2.5-7B", "Qwen2.5-1.5B", "Qwen3-8B"],
+)
+def test_published_checkpoints_fit(
+    config: dict[str, Any], num_tensors: int, num_parameters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = published_tensors(config)
+    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (num_tensors, num_parameters)
+    assert load_published(tmp_path, config, shapes, monkeypatch) == num_parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda shapes: shapes.pop("transformer.h.31.mlp.w2.weight"), "h.31.mlp.w2.weight"),
+        (lambda shapes: shapes.update({"transformer.h.0.attn.c_attn.bias": (7, 7)}), "h.0.attn.c_attn.bias"),
+        (lambda shapes: shapes.update({"transformer.h.32.ln_1.weight": (4096,)}), "transformer.h.32.ln_1.weight"),
+    ],
+    ids=["missing", "shape", "extra"],
+)
+def test_what_is_not_as_published_is_named(change: Any, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = published_tensors(FIRST)
+    change(shapes)
+    with pytest.raises(CheckpointError) as caught:
+        load_published(tmp_path, FIRST, shapes, monkeypatch)
+    assert named in str(caught.value)
