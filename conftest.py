@@ -27,6 +27,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of several workers that wait for each other in turns: ten times as slow. Before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Servers of tests are on this machine, whatever proxy leads out of it.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+
 APART = ("test_simulation.py", "test_compile_ahead.py", "sampling/test_kernel.py", "test_serve_families.py")
 """Files of few and long tests that share nothing: each test goes to whichever worker is free."""
 

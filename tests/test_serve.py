@@ -31,7 +31,7 @@ from light_sdk.testing.echo import predict, write_model
 
 LIGHT = str(Path(sys.executable).with_name("light"))
 ECHO = ("--model-plugin", "light_sdk.testing.echo")
-START_S, FENCE_S = 180, 60
+START_S, FENCE_S = 600, 240
 """After which a server that is not ready, or what should happen at once, has failed to."""
 KEY = "sk-of-the-test"
 LINE = re.compile(r"\d\d:\d\d:\d\d (INFO|WARNING|ERROR) +(light|http|detokenizer|engine) +\S")
@@ -152,7 +152,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The echo family with a KV pool for five requests or so, behind a key; `echo.config` is its config.json. An output takes
     it several times as long as a client needs to ask for the next, so that requests sent together do meet."""
     folder = tmp_path_factory.mktemp("echo")
-    config = write_model(folder, echo_rule="checksum", max_len=256, step_delay_ms=3)
+    config = write_model(folder, echo_rule="checksum", max_len=256, step_delay_ms=8)
     server: Any = Server(
         str(folder), *ECHO, "--served-model-name", "echo", "--max-total-tokens", "512", "--api-key", KEY, "--max-num-seqs", "32", key=KEY
     )
@@ -429,9 +429,9 @@ def words_of(tokens: list[int], config: dict[str, Any]) -> list[str]:
 
 def test_a_key_is_asked_for(echo: Any) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
-        assert httpx.get(echo.url + "/v1/models", headers=headers).status_code == 401
-        assert httpx.post(echo.url + "/v1/completions", json={"prompt": "w1"}, headers=headers).status_code == 401
-    assert httpx.get(echo.url + "/health").status_code == 200, "probes have no key"
+        assert httpx.get(echo.url + "/v1/models", headers=headers, timeout=FENCE_S).status_code == 401
+        assert httpx.post(echo.url + "/v1/completions", json={"prompt": "w1"}, headers=headers, timeout=FENCE_S).status_code == 401
+    assert httpx.get(echo.url + "/health", timeout=FENCE_S).status_code == 200, "probes have no key"
     assert KEY not in echo.log
     with pytest.raises(openai.AuthenticationError), openai.OpenAI(base_url=echo.url + "/v1", api_key="x", max_retries=0) as client:
         client.models.list()
@@ -567,7 +567,7 @@ def read_until(descriptor: int, words: bytes, timeout_s: float) -> bytes:
 
 def test_version_and_plugins() -> None:
     assert run("--version").stdout == "light, version 1.0.0\n"
-    listed = run("plugin", "list")
+    listed = run("plugin", "list", COLUMNS="200")
     assert listed.returncode == 0
     assert re.search(r"llama +light-plugin-llama +1\.0\.0 +llama +ok", listed.stdout)
 

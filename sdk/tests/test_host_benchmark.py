@@ -14,7 +14,7 @@ def test_each_step_has_a_time_for_each_op_that_is_asked_for(tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
     command = [sys.executable, str(SCRIPT), "--only", "rms_norm,act_and_mul", "--output-json", str(tmp_path / "host.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "host.json").read_text())
     assert len(results) == 2

@@ -15,7 +15,7 @@ from light_sdk.scaffold import create
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = [str(folder / "src"), *(path for path in sys.path if path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=560)
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("like", ["llama", pytest.param("bloom", marks=pytest.mark.slow)])

@@ -13,7 +13,7 @@ import pytest
 
 Answer = Callable[["Handler", dict[str, Any]], None]
 
-FENCE_S = 60.0
+FENCE_S = 240.0
 """After which a test that waits for what never comes fails."""
 
 

@@ -15,7 +15,7 @@ from light_core.engine import compilation, rehearsal
 from light_core.engine.ahead import compile_ahead
 from light_core.engine.compilation import CompileQueue
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 240.0
 CONFIG = EngineConfig(model="any")
 GPU: Any = SimpleNamespace(device="cuda:0")
 
@@ -146,7 +146,7 @@ def test_a_model_that_cannot_be_rehearsed_starts(
     monkeypatch.setattr(Steps, "__init__", refuse)
     with caplog.at_level(logging.INFO), compile_ahead(GPU, CONFIG) as ahead:
         assert ahead is None
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.name.startswith("light_core"))
     assert record.getMessage() == "kernels are compiled when they are launched: RuntimeError('a module reads its weights')"
 
 
@@ -164,7 +164,7 @@ def test_a_step_that_reads_its_tensors_leaves_the_ones_before_it(
     with caplog.at_level(logging.INFO), compile_ahead(GPU, CONFIG):
         pass
     assert kept[-1] == "first"
-    failed, done = (record.getMessage() for record in caplog.records)
+    failed, done = (record.getMessage() for record in caplog.records if record.name.startswith("light_core"))
     assert failed == "kernels of the steps after one are compiled when they are launched: RuntimeError('read on the host')"
     assert done.startswith("1 kernels compiled ahead")
 

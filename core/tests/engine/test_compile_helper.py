@@ -23,7 +23,7 @@ def helper() -> Iterator[CompileHelper]:
     helper = CompileHelper(2)
     yield helper
     helper.close()
-    assert helper._process.wait(30) == 0
+    assert helper._process.wait(240) == 0
 
 
 def closure(module: str, **constants: Any) -> Any:
@@ -61,7 +61,7 @@ def test_a_worker_that_crashes_ends_all_and_leaves_no_request_waiting(tmp_path: 
     helper = CompileHelper(2)
     answers = [helper.ask(closure("crashes"))] + [helper.ask(closure("json")) for _ in range(3)]
     assert not any(answer.result(60) for answer in answers)
-    assert helper._process.wait(30) == 0
+    assert helper._process.wait(240) == 0
     assert helper.ask(closure("json")).result(1) is False
 
 
@@ -76,14 +76,16 @@ def test_closing_answers_what_was_asked_and_ends_all_processes() -> None:
     answer = helper.ask(closure("json"))
     helper.close()
     assert answer.result(1) is False
-    assert helper._process.wait(30) == 0
+    assert helper._process.wait(240) == 0
     left = [name for name in os.listdir("/proc") if name.isdigit() and _session(name) == helper._process.pid]
     assert not left
 
 
 def _session(pid: str) -> int:
+    """Of a process that runs: where nobody asks how a process ended, its entry stays."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[3])
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return 0 if fields[0] == "Z" else int(fields[3])
     except (OSError, IndexError):
         return 0
 
@@ -91,8 +93,8 @@ def _session(pid: str) -> int:
 def test_an_engine_that_is_gone_takes_its_helper_along() -> None:
     code = "import os; from light_core.engine.compile_helper import CompileHelper as Helper"
     code += "; print(Helper(2)._process.pid, flush=True); os._exit(1)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    pid, until = int(done.stdout), time.monotonic() + 30
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid, until = int(done.stdout), time.monotonic() + 240
     while time.monotonic() < until and _session(str(pid)):
         time.sleep(0.05)
     assert not [name for name in os.listdir("/proc") if name.isdigit() and _session(name) == pid]

@@ -11,7 +11,7 @@ import torch  # before the loader of libraries is replaced
 
 from light_core.engine import device_start
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 240.0
 
 
 @pytest.fixture

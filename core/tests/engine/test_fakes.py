@@ -98,6 +98,7 @@ def test_modules_are_made_of_them() -> None:
 def test_torchs_compiler_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes a second to import, and symbolic shapes two from a cold disk."""
     shapes = "torch.fx.experimental.symbolic_shapes"
+    monkeypatch.setattr(torch.fx.experimental, "symbolic_shapes", None, raising=False)  # what is imported here goes again
     for name in [name for name in sys.modules if name.split(".")[:2] == ["torch", "_dynamo"] or name == shapes]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # importing it raises

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,14 @@ from light_core.processes.channels import Receiver, Sender, SocketFolder
 from light_core.processes.messages import Abort, ToEngine
 
 LIMIT = 1 << 16
-FENCE_S = 60.0
+FENCE_S = 240.0
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: addresses of sockets have no room for long ones."""
+    with tempfile.TemporaryDirectory(prefix="light-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from light_core.processes.engine import _Outbox
 from light_core.processes.messages import Progress, StepUpdate
 from light_core.server.client import Delta
 
-FENCE_S = 60.0
+FENCE_S = 240.0
 HELD = 12
 """A prompt that begins with it has an answer that does not end before `let_go`."""
 PIECES = {token: f"{chr(97 + token % 26)}{token}" for token in range(1000)}

@@ -384,7 +384,6 @@ def test_the_cases_make_a_million_events() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", CASES)
 def test_four_million_events_of_random_traffic_keep_every_invariant(name: str) -> None:
     drive(name, range(100, 108), 50_000)

@@ -23,7 +23,7 @@ from light_core.server.settings import ServerSettings
 from light_core.server.stub import StubEngine
 from light_core.text.tokenizer import Tokenizer, load_tokenizer
 
-FENCE_S = 60.0
+FENCE_S = 240.0
 """After which what should happen at once has failed to."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -156,7 +156,8 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., RunningServer]]:
         **settings: Any,
     ) -> RunningServer:
         own = None if no_tokenizer else served or tokenizer
-        settings = {"served_model_names": ("tiny", "alias"), "drain_delay_s": 0.0, **settings}
+        patient = {"drain_delay_s": 0.0, "template_timeout_s": 600.0, "header_timeout_s": 600.0}
+        settings = {"served_model_names": ("tiny", "alias"), **patient, **settings}
         server = RunningServer(engine or StubEngine(own, max_model_len=512), own, ServerSettings(**settings), prepare)
         running.append(server)
         return server

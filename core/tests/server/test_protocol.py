@@ -17,7 +17,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON
 BODY = b'{"prompt": [5, 6, 7], "max_tokens": 2}'
 
 
-FENCE_S = 60.0
+FENCE_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +153,16 @@ def test_slow_bodies_end(hurried: Any, framing: bytes) -> None:
     assert status(hurried.raw(POST + framing)) == 408
 
 
-def test_keep_alive_ends(hurried: Any) -> None:
+def test_keep_alive_ends(strict: Any) -> None:
     begin = time.monotonic()
-    assert status(hurried.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")) == 200
+    assert status(strict.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")) == 200
     assert time.monotonic() - begin > 0.9, "it is kept for as long as was promised"
 
 
 def test_long_answers_outlive_the_reading_deadlines(start: Any, tokenizer: Any) -> None:
     from light_core.server.stub import StubEngine
 
-    server = start(StubEngine(tokenizer, step_s=0.1), header_timeout_s=1.0, body_timeout_s=1.0, keep_alive_timeout_s=1.0)
+    server = start(StubEngine(tokenizer, step_s=0.25), header_timeout_s=3.0, body_timeout_s=3.0, keep_alive_timeout_s=1.0)
     assert server.complete(max_tokens=14).json()["usage"]["completion_tokens"] == 14
 
 

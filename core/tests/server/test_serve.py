@@ -44,7 +44,7 @@ def test_a_tokenizer_that_does_not_load_ends_the_server(start: Any, tokenizer: A
     assert isinstance(server.error, ModelError)
 
 
-FENCE_S = 60.0
+FENCE_S = 240.0
 SCRIPT = """
 import asyncio, socket, sys, threading
 from light_core.server.app import create_app

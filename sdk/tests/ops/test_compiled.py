@@ -24,7 +24,7 @@ def calls() -> tuple[list[tuple[int, int]], Callable[[int], None]]:
     def function(argument: int) -> None:
         seen.append((argument, threading.get_native_id()))
         if argument == 7:
-            both.wait(timeout=30)
+            both.wait(timeout=240)
 
     return seen, function
 
@@ -75,7 +75,7 @@ def test_a_kernel_is_compiled_once_for_all_processes(tmp_path: Path) -> None:
 
     def files() -> set[str]:
         environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-        subprocess.run([sys.executable, "-c", KERNELS], env=environment, timeout=240, check=True)
+        subprocess.run([sys.executable, "-c", KERNELS], env=environment, check=True)
         return {str(file) for file in tmp_path.rglob("*.nbc")}
 
     first = files()

@@ -261,7 +261,7 @@ def test_compiled_for_hopper() -> None:
     command = [sys.executable, "-W", "ignore", "-c", COMPILED]
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kernels, loads, products, least_waiting, most_waiting, shared_bytes = map(int, done.stdout.split())
     assert kernels == 6

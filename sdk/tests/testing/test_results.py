@@ -54,7 +54,17 @@ CHOSEN = "weights_fit or prefill_logits or mixed or greedy or no_check"
 
 def test_what_is_written(tmp_path: Path) -> None:
     (tmp_path / "test_family.py").write_text(SUITE)
-    options = ["-p", "light_sdk.testing.results", "--model-results", "found/cpu.json", "-p", "no:cacheprovider", "-p", "no:asyncio"]
+    options = [
+        "-p",
+        "light_sdk.testing.results",
+        "--model-results",
+        "found/cpu.json",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:asyncio",
+        "--color=no",
+    ]
     run = subprocess.run([sys.executable, "-m", "pytest", *options, "-k", CHOSEN], cwd=tmp_path, capture_output=True, text=True)
     assert re.search(r"2 failed, 4 passed, 3 skipped, \d+ deselected.* 3 errors", run.stdout), run.stdout + run.stderr
     assert "this was not all of the tests" in run.stdout

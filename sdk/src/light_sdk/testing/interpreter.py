@@ -15,8 +15,6 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-__all__ = ["lean_interpreter"]
-
 
 @contextmanager
 def lean_interpreter() -> Iterator[None]:
