@@ -1,4 +1,4 @@
-"""What the README says is true: its plugin runs, its links and targets exist, its Python example works."""
+"""What the README says is true: its plugin runs, its targets exist, its Python example works. And links of all pages lead somewhere."""
 
 import json
 import re
@@ -13,6 +13,10 @@ from light_core import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(
+    page.relative_to(ROOT)
+    for page in (*ROOT.glob("*.md"), *(page for top in ("docs", "core", "sdk", "plugins", "tests") for page in (ROOT / top).rglob("*.md")))
+)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CONFIG = {
     "architectures": ["TinyForCausalLM"],
@@ -24,10 +28,26 @@ CONFIG = {
 }
 
 
-def test_every_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(links) > 15
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """Where links may lead within a page: its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)\s]*)\)", (ROOT / page).read_text())
+    wrong = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert wrong == []
+
+
+def test_pages_have_links() -> None:
+    assert len(PAGES) > 30 and README.count("](") > 15
 
 
 def test_every_make_target_exists() -> None:

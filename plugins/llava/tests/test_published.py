@@ -5,19 +5,16 @@ llava-v1.6-vicuna-13b, those of 1.5 beside openai/clip-vit-large-patch14-336; wi
 Loaded on "meta" as any checkpoint is, so that names, shapes, merges and folders are those of a real load.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from light_sdk import CheckpointError
-from light_sdk.testing.loading import load_model
+from light_sdk.testing.published import load_published
 
 PLUGINS = ("light_llama.hooks", "light_llava.hooks")
-WHOLE = "model.safetensors"
 CLIP = "openai/clip-vit-large-patch14-336"
 VICUNA_7B: dict[str, Any] = {
     "hidden_act": "silu",
@@ -176,40 +173,6 @@ def original_names(text: dict[str, Any], is_next: bool) -> Shapes:
     return found | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(text["num_hidden_layers"])}
 
 
-class Header:
-    """In the place of an open safetensors file: tensors have shapes alone."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        self.shapes = shapes
-
-    def __enter__(self) -> "Header":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def offset_keys(self) -> list[str]:
-        return list(self.shapes)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="meta")
-
-
-def load_published(folder: Path, config: dict[str, Any], shapes: Shapes, monkeypatch: pytest.MonkeyPatch, clip: bool = False) -> int:
-    """Loads the checkpoint, with a whole CLIP below it if asked for; how many numbers its parameters hold, tied ones once."""
-    places = {folder: (config, shapes)}
-    if clip:
-        places[folder / CLIP] = ({"model_type": "clip", "vision_config": VISION}, clip_tensors())
-    for place, (entries, tensors) in places.items():
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "config.json").write_text(json.dumps(entries))
-        (place / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, WHOLE)}))
-        (place / WHOLE).touch()
-    monkeypatch.setattr("light_core.engine.weights.safe_open", lambda file, **options: Header(places[Path(file).parent][1]))
-    modules = load_model(folder, PLUGINS, "bfloat16", "meta", 4096).modules
-    return sum({id(parameter): parameter.numel() for module in modules.values() for parameter in module.parameters()}.values())
-
-
 UNSEEN = 12 * 1024**2 + 13 * 1024 + 2 * 1024
 """The tower's last layer and its last norm, which are not looked at."""
 NOT_PARAMETERS = ("inv_freq", "position_ids")
@@ -226,12 +189,10 @@ NOT_PARAMETERS = ("inv_freq", "position_ids")
     ids=["1.5-7b", "1.5-13b", "1.6-mistral-7b", "1.6-vicuna-13b"],
 )
 @pytest.mark.parametrize("names", [old_names, new_names])
-def test_published_checkpoints_fit(
-    text: dict[str, Any], is_next: bool, num_parameters: int, names: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_checkpoints_fit(text: dict[str, Any], is_next: bool, num_parameters: int, names: Any, tmp_path: Path) -> None:
     shapes = names(text, is_next)
     assert sum(map(math.prod, shapes.values())) == num_parameters
-    assert load_published(tmp_path, hugging_face(text, is_next), shapes, monkeypatch) == num_parameters - UNSEEN
+    assert load_published(tmp_path, PLUGINS, hugging_face(text, is_next), shapes) == num_parameters - UNSEEN
 
 
 @pytest.mark.parametrize(
@@ -244,14 +205,13 @@ def test_published_checkpoints_fit(
     ],
     ids=["1.5-7b", "1.5-13b", "1.6-mistral-7b", "1.6-vicuna-13b"],
 )
-def test_published_originals_fit(
-    text: dict[str, Any], is_next: bool, num_parameters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_originals_fit(text: dict[str, Any], is_next: bool, num_parameters: int, tmp_path: Path) -> None:
     shapes = original_names(text, is_next)
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(NOT_PARAMETERS)}
     assert sum(sizes.values()) == num_parameters
     seen = num_parameters if is_next else num_parameters + sum(map(math.prod, tower("").values()))
-    assert load_published(tmp_path, original(text, is_next), shapes, monkeypatch, clip=not is_next) == seen - UNSEEN
+    beside = {} if is_next else {CLIP: ({"model_type": "clip", "vision_config": VISION}, clip_tensors())}
+    assert load_published(tmp_path, PLUGINS, original(text, is_next), shapes, beside) == seen - UNSEEN
 
 
 def test_the_tower_is_the_published_one() -> None:
@@ -269,9 +229,9 @@ def test_the_tower_is_the_published_one() -> None:
     ],
     ids=["missing", "shape", "extra"],
 )
-def test_what_is_not_as_published_is_named(change: Any, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_as_published_is_named(change: Any, named: str, tmp_path: Path) -> None:
     shapes = original_names(MISTRAL_7B, True)
     change(shapes)
     with pytest.raises(CheckpointError) as caught:
-        load_published(tmp_path, original(MISTRAL_7B, True), shapes, monkeypatch)
+        load_published(tmp_path, PLUGINS, original(MISTRAL_7B, True), shapes)
     assert named in str(caught.value)

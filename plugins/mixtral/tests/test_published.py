@@ -3,19 +3,16 @@
 Loaded on "meta" as any checkpoint is, so that names, shapes and merges are those of a real load.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from light_sdk import CheckpointError
-from light_sdk.testing.loading import load_model
+from light_sdk.testing.published import load_published
 
 PLUGINS = ("light_mixtral.hooks",)
-WHOLE = "model.safetensors"
 SMALL: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -63,46 +60,15 @@ def published_tensors(config: dict[str, Any]) -> Shapes:
     return found
 
 
-class Header:
-    """In the place of an open safetensors file: tensors have shapes alone."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        self.shapes = shapes
-
-    def __enter__(self) -> "Header":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def offset_keys(self) -> list[str]:
-        return list(self.shapes)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="meta")
-
-
-def load_published(folder: Path, config: dict[str, Any], shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Loads the checkpoint; how many numbers its parameters hold, tied ones once."""
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(shapes, WHOLE)}))
-    (folder / WHOLE).touch()
-    monkeypatch.setattr("light_core.engine.weights.safe_open", lambda file, **options: Header(shapes))
-    modules = load_model(folder, PLUGINS, "bfloat16", "meta", 4096).modules
-    return sum({id(parameter): parameter.numel() for module in modules.values() for parameter in module.parameters()}.values())
-
-
 @pytest.mark.parametrize(
     ("config", "num_tensors", "num_parameters"),
     [(SMALL, 995, 46_702_792_704), (LARGE, 1739, 140_620_634_112)],
     ids=["8x7B", "8x22B"],
 )
-def test_published_checkpoints_fit(
-    config: dict[str, Any], num_tensors: int, num_parameters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_checkpoints_fit(config: dict[str, Any], num_tensors: int, num_parameters: int, tmp_path: Path) -> None:
     shapes = published_tensors(config)
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == (num_tensors, num_parameters)
-    assert load_published(tmp_path, config, shapes, monkeypatch) == num_parameters
+    assert load_published(tmp_path, PLUGINS, config, shapes) == num_parameters
 
 
 EXPERT = "layers.5.block_sparse_moe.experts.7.w3.weight"
@@ -117,9 +83,9 @@ EXPERT = "layers.5.block_sparse_moe.experts.7.w3.weight"
     ],
     ids=["missing", "shape", "extra"],
 )
-def test_what_is_not_as_published_is_named(change: Any, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_as_published_is_named(change: Any, named: str, tmp_path: Path) -> None:
     shapes = published_tensors(SMALL)
     change(shapes)
     with pytest.raises(CheckpointError) as caught:
-        load_published(tmp_path, SMALL, shapes, monkeypatch)
+        load_published(tmp_path, PLUGINS, SMALL, shapes)
     assert named in str(caught.value)

@@ -4,19 +4,16 @@ embedding, Qwen2-VL-7B-Instruct and Qwen2.5-VL-7B-Instruct, without values.
 Loaded on "meta" as any checkpoint is, so that names, shapes, merges and ties are those of a real load.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from light_sdk import CheckpointError
-from light_sdk.testing.loading import load_model
+from light_sdk.testing.published import load_published
 
 PLUGINS = ("light_qwen.hooks", "light_qwen_vl.hooks")
-WHOLE = "model.safetensors"
 FIRST: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
     "model_type": "qwen",
@@ -174,35 +171,6 @@ def decoder(config: dict[str, Any], prefix: str = "model.", biases: bool = True)
     return found
 
 
-class Header:
-    """In the place of an open safetensors file: tensors have shapes alone."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        self.shapes = shapes
-
-    def __enter__(self) -> "Header":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def offset_keys(self) -> list[str]:
-        return list(self.shapes)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16, device="meta")
-
-
-def load_published(folder: Path, config: dict[str, Any], shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Loads the checkpoint; how many numbers its parameters hold, tied ones once."""
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(shapes, WHOLE)}))
-    (folder / WHOLE).touch()
-    monkeypatch.setattr("light_core.engine.weights.safe_open", lambda file, **options: Header(shapes))
-    modules = load_model(folder, PLUGINS, "bfloat16", "meta", 4096).modules
-    return sum({id(parameter): parameter.numel() for module in modules.values() for parameter in module.parameters()}.values())
-
-
 PLACES = (32 * 32 - 16 * 16) * 1664 + 32 * 32 * 4096
 """More positions of patches than were trained: Qwen-VL's pictures have 32 x 32, and the resampler's keys theirs beside its queries'."""
 FRAME = -1280 * 3 * 14 * 14
@@ -221,13 +189,11 @@ PADDING = 32 * (3456 - 3420) * (3 * 1280 + 2)
     ],
     ids=["Qwen-VL", "Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2.5-VL-7B"],
 )
-def test_published_checkpoints_fit(
-    config: dict[str, Any], num_tensors: int, num_parameters: int, difference: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_checkpoints_fit(config: dict[str, Any], num_tensors: int, num_parameters: int, difference: int, tmp_path: Path) -> None:
     """`difference`: what our parameters have more than the checkpoint's."""
     shapes = published_tensors(config)
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == (num_tensors, num_parameters)
-    assert load_published(tmp_path, config, shapes, monkeypatch) == num_parameters + difference
+    assert load_published(tmp_path, PLUGINS, config, shapes) == num_parameters + difference
 
 
 @pytest.mark.parametrize(
@@ -239,9 +205,9 @@ def test_published_checkpoints_fit(
     ],
     ids=["missing", "shape", "extra"],
 )
-def test_what_is_not_as_published_is_named(change: Any, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_as_published_is_named(change: Any, named: str, tmp_path: Path) -> None:
     shapes = published_tensors(LATER)
     change(shapes)
     with pytest.raises(CheckpointError) as caught:
-        load_published(tmp_path, LATER, shapes, monkeypatch)
+        load_published(tmp_path, PLUGINS, LATER, shapes)
     assert named in str(caught.value)
