@@ -11,6 +11,8 @@ of attention at the matrix rate. `ask` needs nothing of Light and prints one JSO
     one     a question about a picture that no cache knows, one at a time: seconds from sending to the first token
     again   a second question about the same picture
     many    several such pictures at a time, one token each: pictures a second
+    alone   several answers to words alone, at the same time: seconds between one piece and the next of an answer
+    beside  the same, while questions about pictures come, one after the other
 """
 
 import argparse
@@ -26,6 +28,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count as counting
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,8 @@ MATRIX_RATE = 700e12
 """Operations a second of an H200 in bfloat16, as measured with large products."""
 TOLERANCE = 0.05
 CALLS = 10
+NUM_WORDS = 256
+"""Tokens of an answer to words alone."""
 
 
 # ------------------------------------------------------------------------------------------- encoders
@@ -306,23 +311,34 @@ class Server:
             RuntimeError: the server refuses, or answers without a piece.
         """
         parts = [{"type": "image_url", "image_url": {"url": source}}, {"type": "text", "text": question}]
-        body = {"model": self.model, "messages": [{"role": "user", "content": parts}], "temperature": 0, "stream": True}
+        begin = time.perf_counter()
+        return self.pieces(parts, max_tokens)[0] - begin
+
+    def pieces(self, content: str | list[dict[str, Any]], max_tokens: int) -> list[float]:
+        """When each piece of the answer to a message came; at least one.
+
+        Raises:
+            RuntimeError: the server refuses, or answers without a piece.
+        """
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0, "stream": True}
         data = json.dumps(body | {"max_tokens": max_tokens, "ignore_eos": True}).encode()
         request = urllib.request.Request(f"{self.url}/v1/chat/completions", data, {"Content-Type": "application/json"})
-        begin, first = time.perf_counter(), None
+        times = []
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 for line in answer:
-                    if first is None and line.startswith(b"data: {") and json.loads(line[6:]).get("choices"):
-                        first = time.perf_counter() - begin
+                    if line.startswith(b"data: {") and json.loads(line[6:]).get("choices"):
+                        times.append(time.perf_counter())
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{error.code}: {error.read()[:300].decode(errors='replace')}") from None
-        if first is None:
+        if not times:
             raise RuntimeError("the server answered without a token")
-        return first
+        return times
 
 
-def measure_server(url: str, engine: str, num_one: int, num_many: int, at_a_time: int, side: int) -> Iterator[dict[str, Any]]:
+def measure_server(
+    url: str, engine: str, num_one: int, num_many: int, at_a_time: int, side: int, num_streams: int
+) -> Iterator[dict[str, Any]]:
     """The cases of `ask`, one after the other; before the first, as many pictures as make everything warm."""
     server, seeds = Server(url), counting(1)
     threads = ThreadPoolExecutor(at_a_time)
@@ -344,17 +360,41 @@ def measure_server(url: str, engine: str, num_one: int, num_many: int, at_a_time
             one.append(server.ask(source))
             again.append(server.ask(source, "Which colours does it have, and where?"))
         for case, times in (("one", one), ("again", again)):
-            yield {"engine": engine, "case": case, "pictures": num_one, "side": side, **quantiles(times)}
+            yield {"engine": engine, "case": case, "pictures": num_one, "side": side, **quantiles(times, "ttft")}
         sources = pictures(num_many)
         elapsed = all_of(sources, 1)
         shape = {"pictures": num_many, "side": side, "at_a_time": at_a_time}
         yield {"engine": engine, "case": "many", **shape, "pictures_per_s": round(num_many / elapsed, 2), "s": round(elapsed, 3)}
+        for case in ("alone", "beside"):
+            sources = iter(pictures(num_many) if case == "beside" else ())
+            gaps, shown = answer_words(server, num_streams, sources)
+            shape = {"streams": num_streams, "tokens": NUM_WORDS, "pictures": shown, "side": side}
+            yield {"engine": engine, "case": case, **shape, **quantiles(gaps, "itl"), "itl_ms_max": round(max(gaps) * 1e3, 2)}
 
 
-def quantiles(times: list[float]) -> dict[str, float]:
+def answer_words(server: Server, num_streams: int, sources: Iterator[str]) -> tuple[list[float], int]:
+    """Seconds between the pieces of `num_streams` answers of `NUM_WORDS` tokens at the same time, and how many of `sources` were
+    asked about meanwhile, one after the other."""
+
+    def gaps(number: int) -> list[float]:
+        times = server.pieces(f"Count to a thousand in language number {number}.", NUM_WORDS)
+        return [after - before for before, after in pairwise(times)]
+
+    shown = 0
+    with ThreadPoolExecutor(num_streams) as threads:
+        answers = [threads.submit(gaps, number) for number in range(num_streams)]
+        for source in sources:
+            if all(answer.done() for answer in answers):
+                break
+            server.ask(source)
+            shown += 1
+        return [gap for answer in answers for gap in answer.result()], shown
+
+
+def quantiles(times: list[float], name: str) -> dict[str, float]:
     """p50, p99 and mean, in milliseconds."""
     p50, p99 = np.percentile(times, [50, 99])
-    return {f"ttft_ms_{name}": round(float(value) * 1e3, 2) for name, value in (("p50", p50), ("p99", p99), ("mean", np.mean(times)))}
+    return {f"{name}_ms_{key}": round(float(value) * 1e3, 2) for key, value in (("p50", p50), ("p99", p99), ("mean", np.mean(times)))}
 
 
 def main() -> int:
@@ -369,13 +409,15 @@ def main() -> int:
     asking.add_argument("--many", type=int, default=128, help="pictures several at a time")
     asking.add_argument("--at-a-time", type=int, default=32)
     asking.add_argument("--side", type=int, default=SIDE, help="of a picture, in pixels")
+    asking.add_argument("--streams", type=int, default=16, help="answers to words alone at the same time")
     arguments = parser.parse_args()
     if arguments.command == "encoder":
         return measure_encoders(arguments.names or list(CONFIGS))
     if arguments.command == "folder":
         write_folder(arguments.folder)
         return 0
-    for result in measure_server(arguments.url, arguments.engine, arguments.one, arguments.many, arguments.at_a_time, arguments.side):
+    counts = arguments.one, arguments.many, arguments.at_a_time, arguments.side, arguments.streams
+    for result in measure_server(arguments.url, arguments.engine, *counts):
         print(json.dumps(result), flush=True)
     return 0
 

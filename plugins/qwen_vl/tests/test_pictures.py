@@ -16,8 +16,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
 PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "pictures.py"
-WAIT_S = 0.02
+WAIT_S, FENCE_S = 0.02, 240
 AT_A_TIME = 4
+STREAMS = 3
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,8 @@ class Stub(ThreadingHTTPServer):
         self.num_open = self.most_open = 0
         self.status = 200
         self.meeting = threading.Barrier(AT_A_TIME)
+        self.num_talks = 0
+        self.is_talking, self.is_shown = threading.Event(), threading.Event()
         self.lock = threading.Lock()
 
 
@@ -59,17 +62,40 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         stub, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if isinstance(body["messages"][0]["content"], str):
+            return self.talk()
         with stub.lock:
             stub.asked.append(body)
             stub.num_open += 1
             stub.most_open = max(stub.most_open, stub.num_open)
         if body["max_tokens"] == 1:  # one of many: answered when as many are here as may be
-            stub.meeting.wait(240)
+            stub.meeting.wait(FENCE_S)
+        if stub.num_talks:
+            stub.is_talking.wait(FENCE_S)
+            stub.is_shown.set()
         time.sleep(WAIT_S)
         events = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}, {"choices": [], "usage": {}}]
         with stub.lock:
             stub.num_open -= 1
-        self.reply(stub.status, b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events) + b"data: [DONE]\n\n")
+        self.reply(stub.status, b"".join(map(event_bytes, events)) + b"data: [DONE]\n\n")
+
+    def talk(self) -> None:
+        """Answers words alone with three pieces. Of the second round, none ends before a picture has come."""
+        stub = self.server
+        with stub.lock:
+            stub.num_talks += 1
+            if stub.num_talks > STREAMS:
+                stub.is_talking.set()
+        self.send_response(200)
+        self.end_headers()
+        for word in "abc":
+            self.wfile.write(event_bytes({"choices": [{"delta": {"content": word}}]}))
+            if stub.is_talking.is_set():
+                stub.is_shown.wait(FENCE_S)
+
+
+def event_bytes(event: dict[str, Any]) -> bytes:
+    return b"data: %s\n\n" % json.dumps(event).encode()
 
 
 @pytest.fixture
@@ -85,8 +111,12 @@ def stub() -> Iterator[Stub]:
 
 def test_each_picture_is_fresh_but_for_the_second_question(benchmark: Any, stub: Stub) -> None:
     url = f"http://127.0.0.1:{stub.server_port}/v1/"
-    one, again, many = benchmark.measure_server(url, "x", num_one=3, num_many=2 * AT_A_TIME, at_a_time=AT_A_TIME, side=32)
-    assert [result["case"] for result in (one, again, many)] == ["one", "again", "many"]
+    sizes = {"num_one": 3, "num_many": 2 * AT_A_TIME, "at_a_time": AT_A_TIME, "side": 32, "num_streams": STREAMS}
+    one, again, many, alone, beside = benchmark.measure_server(url, "x", **sizes)
+    assert [result["case"] for result in (one, again, many, alone, beside)] == ["one", "again", "many", "alone", "beside"]
+    assert alone["pictures"] == 0 < beside["pictures"] and stub.num_talks == 2 * STREAMS
+    assert all(0 <= words["itl_ms_p50"] <= words["itl_ms_p99"] <= words["itl_ms_max"] for words in (alone, beside))
+    stub.asked = stub.asked[: -beside["pictures"]]
     for result in (one, again):
         assert WAIT_S * 1e3 <= result["ttft_ms_p50"] <= result["ttft_ms_p99"] and result["engine"] == "x"
     assert many["pictures_per_s"] == pytest.approx(8 / many["s"], rel=0.05) and many["s"] >= 2 * WAIT_S
