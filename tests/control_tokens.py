@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 __all__ = ["PUBLISHED", "QWEN", "add_published", "check_control_tokens"]
 
-NUM_MANY, MAX_LEN, TIMEOUT_S = 1000, 2048, 120
+NUM_MANY, MAX_LEN, TIMEOUT_S = 1000, 2048, 600
 WORDS = "w7 w3"
 MARKS = "\ufdd0\ufdd1"
 """Noncharacters that core writes into text for itself: nothing that a client hides with them may come back as a token."""
