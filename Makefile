@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 MODEL ?= demo
 PACKAGES := core sdk plugins/llama plugins/bloom plugins/mixtral plugins/qwen_moe plugins/deepseek plugins/qwen plugins/llava plugins/qwen_vl
 MANIFESTS := Makefile pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PACKAGES))
-# Modules are compiled when they are first imported, as most never are, unless Python may not keep what it compiles.
-# Our packages are built by what is in $(VENV).
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile) \
-	--no-build-isolation --constraint constraints.txt
+# Modules are compiled when they are first imported, as most never are; where Python may not keep what it compiles, all are
+# here, by every processor. Our packages are built by what is in $(VENV).
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --no-build-isolation --constraint constraints.txt
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true)
 
 .PHONY: serve test test-gpu lint isolated wheels docs model-results clean
 
@@ -52,8 +52,10 @@ $(VENV)/serve.stamp: $(MANIFESTS)
 	$(INSTALL) torch
 	$(INSTALL) hatchling editables
 	$(INSTALL) $(addprefix --editable ./,$(PACKAGES))
+	$(COMPILE)
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/serve.stamp
 	$(INSTALL) --editable '.[dev]'
+	$(COMPILE)
 	touch $@

@@ -31,7 +31,7 @@ PLUGINS = tuple(sorted(manifest.parent.name for manifest in (ROOT / "plugins").g
 SEEING = {"llava": {"<image>": 127}, "qwen_vl": {"<|vision_start|>": 124, "<|vision_end|>": 125, "<|image_pad|>": 127}}
 """Plugins of models that see, and the tokens around pictures that a tokenizer of theirs has."""
 PICTURE_SIZE, NUM_PICTURE_TOKENS = 56, 4
-START_S, NUM_OUTPUT = 300, 8
+START_S, NUM_OUTPUT = 900, 8
 
 
 def run(*command: object) -> None:
@@ -39,8 +39,7 @@ def run(*command: object) -> None:
 
 
 def pip(*arguments: object) -> None:
-    compiled = () if sys.dont_write_bytecode else ("--no-compile",)
-    options = ("--quiet", "--disable-pip-version-check", *compiled, "--constraint", "constraints.txt")
+    options = ("--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", "constraints.txt")
     run(PYTHON, "-m", "pip", "install", *options, *arguments)
 
 
@@ -60,6 +59,8 @@ def create_environment(wheels: dict[str, pathlib.Path]) -> None:
         run(sys.executable, "-m", "venv", ENVIRONMENT)
     pip("torch")
     pip(wheels["light_core"], wheels["light_sdk"])
+    if sys.dont_write_bytecode:  # else what is imported first is compiled once
+        subprocess.run([PYTHON, "-m", "compileall", "-qq", "-j", "0", ENVIRONMENT / "lib"], check=False)
 
 
 def tiny_bloom(folder: pathlib.Path) -> str:

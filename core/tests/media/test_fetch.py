@@ -89,7 +89,8 @@ async def fetching(host: Host, *domains: str, answers: object = None, **settings
             raise AssertionError(f"{name} is looked up")
         return next(looked_up)
 
-    fetcher = Fetcher(MediaSettings(allowed_media_domains=(f"127.0.0.1:{host.port}", *domains), **settings), resolve)
+    patient = {"fetch_timeout_s": 600.0} | settings
+    fetcher = Fetcher(MediaSettings(allowed_media_domains=(f"127.0.0.1:{host.port}", *domains), **patient), resolve)
     try:
         yield fetcher
     finally:
