@@ -27,7 +27,13 @@ For each machine a variant has the number of checks that passed, and the largest
 allowed. Tests fail when this page lacks a variant that they have, or shows a check or a tolerance that is not theirs.
 
 Beside this, a tiny model of each plugin is served over HTTP on the CPU, and its answers to the `openai` package are those of
-transformers: [test_serve_families.py](../tests/test_serve_families.py)."""
+transformers: [test_serve_families.py](../tests/test_serve_families.py). And checkpoints as they are published, by the names and
+shapes of their tensors, each take their places:
+[DeepSeek-V2-Lite, V2, and V3 with R1](../plugins/deepseek/tests/test_weights.py) (names alone),
+[LLaVA 1.5 and 1.6](../plugins/llava/tests/test_published.py),
+[Mixtral 8x7B and 8x22B](../plugins/mixtral/tests/test_published.py),
+[Qwen, Qwen2.5 and Qwen3](../plugins/qwen/tests/test_published.py),
+[Qwen-VL, Qwen2-VL and Qwen2.5-VL](../plugins/qwen_vl/tests/test_published.py)."""
 
 
 def load_results(folder: Path = DOCS / "models") -> dict[str, dict[str, Any]]:
