@@ -3,8 +3,6 @@
 What every server does whatever it serves stands in `test_serve.py`; here the family's answers have to be transformers'.
 """
 
-import base64
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from control_tokens import MAX_LEN, QWEN, add_published, check_control_tokens
+from test_qwen_vl import data_url
 from test_serve import Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,9 +65,7 @@ def draw() -> Image.Image:
 
 def picture_part(picture: Image.Image) -> dict[str, Any]:
     """Of a message's content."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}}
+    return {"type": "image_url", "image_url": {"url": data_url(picture)}}
 
 
 def write(source: Any, folder: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from light_sdk import CheckpointError
-from light_sdk.testing.published import load_published
+from light_sdk.testing.published import affine_tensors, decoder_tensors, load_published
 
 PLUGINS = ("light_llama.hooks", "light_llava.hooks")
 CLIP = "openai/clip-vit-large-patch14-336"
@@ -93,37 +93,15 @@ def original(text: dict[str, Any], is_next: bool) -> dict[str, Any]:
     return text | MM_ENTRIES | names | (tiles if is_next else {"image_aspect_ratio": "pad"})
 
 
-def affine(name: str, *shape: int) -> Shapes:
-    """A weight, and a bias as long as the weight has rows."""
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
-def decoder(config: dict[str, Any], prefix: str) -> Shapes:
-    """The text model below `prefix`, without its head."""
-    size, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    kv_size = size // heads * config["num_key_value_heads"]
-    widths = {"q": size, "k": kv_size, "v": kv_size}
-    found: Shapes = {f"{prefix}embed_tokens.weight": (config["vocab_size"], size), f"{prefix}norm.weight": (size,)}
-    for i in range(config["num_hidden_layers"]):
-        layer = f"{prefix}layers.{i}"
-        found |= {f"{layer}.{norm}.weight": (size,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for part, width in widths.items():
-            found[f"{layer}.self_attn.{part}_proj.weight"] = (width, size)
-        found[f"{layer}.self_attn.o_proj.weight"] = (size, size)
-        found |= {f"{layer}.mlp.{part}_proj.weight": (inner, size) for part in ("gate", "up")}
-        found[f"{layer}.mlp.down_proj.weight"] = (size, inner)
-    return found
-
-
 def transformer(prefix: str, layers: int, size: int) -> Shapes:
     """The layers of one half of CLIP."""
     found: Shapes = {}
     for i in range(layers):
         layer = f"{prefix}encoder.layers.{i}"
-        found |= affine(f"{layer}.layer_norm1", size) | affine(f"{layer}.layer_norm2", size)
+        found |= affine_tensors(f"{layer}.layer_norm1", size) | affine_tensors(f"{layer}.layer_norm2", size)
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found |= affine(f"{layer}.self_attn.{part}", size, size)
-        found |= affine(f"{layer}.mlp.fc1", 4 * size, size) | affine(f"{layer}.mlp.fc2", size, 4 * size)
+            found |= affine_tensors(f"{layer}.self_attn.{part}", size, size)
+        found |= affine_tensors(f"{layer}.mlp.fc1", 4 * size, size) | affine_tensors(f"{layer}.mlp.fc2", size, 4 * size)
     return found
 
 
@@ -132,25 +110,25 @@ def tower(prefix: str) -> Shapes:
     embeddings = {"class_embedding": (1024,), "patch_embedding.weight": (1024, 3, 14, 14), "position_embedding.weight": (577, 1024)}
     found: Shapes = {f"{prefix}embeddings.{name}": shape for name, shape in embeddings.items()}
     found |= transformer(prefix, 24, 1024)
-    return found | affine(f"{prefix}pre_layrnorm", 1024) | affine(f"{prefix}post_layernorm", 1024)
+    return found | affine_tensors(f"{prefix}pre_layrnorm", 1024) | affine_tensors(f"{prefix}post_layernorm", 1024)
 
 
 def clip_tensors() -> Shapes:
     """The whole of CLIP, with the numbers of its positions, which old files hold."""
-    found = tower("vision_model.") | transformer("text_model.", 12, 768) | affine("text_model.final_layer_norm", 768)
+    found = tower("vision_model.") | transformer("text_model.", 12, 768) | affine_tensors("text_model.final_layer_norm", 768)
     found |= {"text_model.embeddings.token_embedding.weight": (49408, 768), "text_model.embeddings.position_embedding.weight": (77, 768)}
     found |= {"text_projection.weight": (768, 768), "visual_projection.weight": (768, 1024), "logit_scale": ()}
     return found | {"text_model.embeddings.position_ids": (1, 77), "vision_model.embeddings.position_ids": (1, 577)}
 
 
 def projector(first: str, second: str, size: int) -> Shapes:
-    return affine(first, size, 1024) | affine(second, size, size)
+    return affine_tensors(first, size, 1024) | affine_tensors(second, size, size)
 
 
 def old_names(text: dict[str, Any], is_next: bool) -> Shapes:
     """Those of llava-hf's files."""
     size = text["hidden_size"]
-    found = decoder(text | {"vocab_size": 32064}, "language_model.model.") | tower("vision_tower.vision_model.")
+    found = decoder_tensors(text | {"vocab_size": 32064}, "language_model.model.") | tower("vision_tower.vision_model.")
     found |= projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2", size)
     return found | {"language_model.lm_head.weight": (32064, size)} | ({"image_newline": (size,)} if is_next else {})
 
@@ -167,7 +145,11 @@ def new_names(text: dict[str, Any], is_next: bool) -> Shapes:
 def original_names(text: dict[str, Any], is_next: bool) -> Shapes:
     """Those of liuhaotian's files: 1.6 has its tower inside, 1.5 the frequencies of its rotation."""
     size = text["hidden_size"]
-    found = decoder(text, "model.") | projector("model.mm_projector.0", "model.mm_projector.2", size) | {"lm_head.weight": (32000, size)}
+    found = (
+        decoder_tensors(text, "model.")
+        | projector("model.mm_projector.0", "model.mm_projector.2", size)
+        | {"lm_head.weight": (32000, size)}
+    )
     if is_next:
         return found | tower("model.vision_tower.vision_tower.vision_model.") | {"model.image_newline": (size,)}
     return found | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(text["num_hidden_layers"])}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from light_sdk import CheckpointError
-from light_sdk.testing.published import load_published
+from light_sdk.testing.published import decoder_tensors, load_published
 
 PLUGINS = ("light_qwen.hooks",)
 FIRST: dict[str, Any] = {
@@ -89,7 +89,7 @@ def published_tensors(config: dict[str, Any]) -> Shapes:
     """The tensors of the model's index, and their shapes."""
     if config["model_type"] == "qwen":
         return first_generation(config)
-    found = decoder(config, biases=config["model_type"] == "qwen2")
+    found = decoder_tensors(config, biases=config["model_type"] == "qwen2")
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
     if config["model_type"] == "qwen3":
@@ -110,25 +110,6 @@ def first_generation(config: dict[str, Any]) -> Shapes:
         found[f"{layer}.attn.c_proj.weight"] = (size, size)
         found |= {f"{layer}.mlp.{part}.weight": (inner, size) for part in ("w1", "w2")}
         found[f"{layer}.mlp.c_proj.weight"] = (size, inner)
-    return found
-
-
-def decoder(config: dict[str, Any], prefix: str = "model.", biases: bool = True) -> Shapes:
-    """The text model below `prefix`, without its head; `biases` of q, k and v."""
-    size, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim", size // heads)
-    widths = {"q": heads * head_dim, "k": config["num_key_value_heads"] * head_dim, "v": config["num_key_value_heads"] * head_dim}
-    found: Shapes = {f"{prefix}embed_tokens.weight": (config["vocab_size"], size), f"{prefix}norm.weight": (size,)}
-    for i in range(config["num_hidden_layers"]):
-        layer = f"{prefix}layers.{i}"
-        found |= {f"{layer}.{norm}.weight": (size,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for part, width in widths.items():
-            found[f"{layer}.self_attn.{part}_proj.weight"] = (width, size)
-            if biases:
-                found[f"{layer}.self_attn.{part}_proj.bias"] = (width,)
-        found[f"{layer}.self_attn.o_proj.weight"] = (size, widths["q"])
-        found |= {f"{layer}.mlp.{part}_proj.weight": (inner, size) for part in ("gate", "up")}
-        found[f"{layer}.mlp.down_proj.weight"] = (size, inner)
     return found
 
 

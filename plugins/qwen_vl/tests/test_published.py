@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from light_sdk import CheckpointError
-from light_sdk.testing.published import load_published
+from light_sdk.testing.published import affine_tensors, decoder_tensors, load_published
 
 PLUGINS = ("light_qwen.hooks", "light_qwen_vl.hooks")
 FIRST: dict[str, Any] = {
@@ -95,12 +95,7 @@ def published_tensors(config: dict[str, Any]) -> Shapes:
     if config["model_type"] == "qwen":
         return first_generation(config) | first_eyes()
     head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (config["vocab_size"], config["hidden_size"])}
-    return decoder(config) | head | eyes(config["hidden_size"], is_gated=config["model_type"] == "qwen2_5_vl")
-
-
-def affine(name: str, *shape: int) -> Shapes:
-    """A weight, and a bias as long as the weight has rows."""
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return decoder_tensors(config, biases=True) | head | eyes(config["hidden_size"], is_gated=config["model_type"] == "qwen2_5_vl")
 
 
 def eyes(text_size: int, is_gated: bool) -> Shapes:
@@ -109,31 +104,31 @@ def eyes(text_size: int, is_gated: bool) -> Shapes:
     found: Shapes = {"visual.patch_embed.proj.weight": (size, 3, 2, 14, 14)}
     for i in range(32):
         block = f"visual.blocks.{i}"
-        found |= affine(f"{block}.attn.qkv", 3 * size, size) | affine(f"{block}.attn.proj", size, size)
+        found |= affine_tensors(f"{block}.attn.qkv", 3 * size, size) | affine_tensors(f"{block}.attn.proj", size, size)
         if is_gated:
             found |= {f"{block}.norm{part}.weight": (size,) for part in (1, 2)}
-            found |= affine(f"{block}.mlp.gate_proj", 3420, size) | affine(f"{block}.mlp.up_proj", 3420, size)
-            found |= affine(f"{block}.mlp.down_proj", size, 3420)
+            found |= affine_tensors(f"{block}.mlp.gate_proj", 3420, size) | affine_tensors(f"{block}.mlp.up_proj", 3420, size)
+            found |= affine_tensors(f"{block}.mlp.down_proj", size, 3420)
         else:
-            found |= affine(f"{block}.norm1", size) | affine(f"{block}.norm2", size)
-            found |= affine(f"{block}.mlp.fc1", 5120, size) | affine(f"{block}.mlp.fc2", size, 5120)
-    norm: Shapes = {"visual.merger.ln_q.weight": (size,)} if is_gated else affine("visual.merger.ln_q", size)
-    return found | norm | affine("visual.merger.mlp.0", merged, merged) | affine("visual.merger.mlp.2", text_size, merged)
+            found |= affine_tensors(f"{block}.norm1", size) | affine_tensors(f"{block}.norm2", size)
+            found |= affine_tensors(f"{block}.mlp.fc1", 5120, size) | affine_tensors(f"{block}.mlp.fc2", size, 5120)
+    norm: Shapes = {"visual.merger.ln_q.weight": (size,)} if is_gated else affine_tensors("visual.merger.ln_q", size)
+    return found | norm | affine_tensors("visual.merger.mlp.0", merged, merged) | affine_tensors("visual.merger.mlp.2", text_size, merged)
 
 
 def first_eyes() -> Shapes:
     """The vision transformer of 2023 and its resampler. Positions were trained for 16 x 16 places."""
     size, inner, out, visual = 1664, 8192, 4096, "transformer.visual"
     found: Shapes = {f"{visual}.conv1.weight": (size, 3, 14, 14), f"{visual}.positional_embedding": (256, size)}
-    found |= affine(f"{visual}.ln_pre", size) | affine(f"{visual}.ln_post", out) | {f"{visual}.proj": (out, out)}
+    found |= affine_tensors(f"{visual}.ln_pre", size) | affine_tensors(f"{visual}.ln_post", out) | {f"{visual}.proj": (out, out)}
     for i in range(48):
         block = f"{visual}.transformer.resblocks.{i}"
-        found |= affine(f"{block}.ln_1", size) | affine(f"{block}.ln_2", size)
-        found |= affine(f"{block}.attn.in_proj", 3 * size, size) | affine(f"{block}.attn.out_proj", size, size)
-        found |= affine(f"{block}.mlp.c_fc", inner, size) | affine(f"{block}.mlp.c_proj", size, inner)
+        found |= affine_tensors(f"{block}.ln_1", size) | affine_tensors(f"{block}.ln_2", size)
+        found |= affine_tensors(f"{block}.attn.in_proj", 3 * size, size) | affine_tensors(f"{block}.attn.out_proj", size, size)
+        found |= affine_tensors(f"{block}.mlp.c_fc", inner, size) | affine_tensors(f"{block}.mlp.c_proj", size, inner)
     pool = f"{visual}.attn_pool"
     found |= {f"{pool}.query": (256, out), f"{pool}.pos_embed": (256, out), f"{pool}.kv_proj.weight": (out, size)}
-    found |= affine(f"{pool}.ln_q", out) | affine(f"{pool}.ln_kv", out) | affine(f"{pool}.attn.out_proj", out, out)
+    found |= affine_tensors(f"{pool}.ln_q", out) | affine_tensors(f"{pool}.ln_kv", out) | affine_tensors(f"{pool}.attn.out_proj", out, out)
     return found | {f"{pool}.attn.in_proj_weight": (3 * out, out), f"{pool}.attn.in_proj_bias": (3 * out,)}
 
 
@@ -149,25 +144,6 @@ def first_generation(config: dict[str, Any]) -> Shapes:
         found[f"{layer}.attn.c_proj.weight"] = (size, size)
         found |= {f"{layer}.mlp.{part}.weight": (inner, size) for part in ("w1", "w2")}
         found[f"{layer}.mlp.c_proj.weight"] = (size, inner)
-    return found
-
-
-def decoder(config: dict[str, Any], prefix: str = "model.", biases: bool = True) -> Shapes:
-    """The text model below `prefix`, without its head; `biases` of q, k and v."""
-    size, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim", size // heads)
-    widths = {"q": heads * head_dim, "k": config["num_key_value_heads"] * head_dim, "v": config["num_key_value_heads"] * head_dim}
-    found: Shapes = {f"{prefix}embed_tokens.weight": (config["vocab_size"], size), f"{prefix}norm.weight": (size,)}
-    for i in range(config["num_hidden_layers"]):
-        layer = f"{prefix}layers.{i}"
-        found |= {f"{layer}.{norm}.weight": (size,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for part, width in widths.items():
-            found[f"{layer}.self_attn.{part}_proj.weight"] = (width, size)
-            if biases:
-                found[f"{layer}.self_attn.{part}_proj.bias"] = (width,)
-        found[f"{layer}.self_attn.o_proj.weight"] = (size, widths["q"])
-        found |= {f"{layer}.mlp.{part}_proj.weight": (inner, size) for part in ("gate", "up")}
-        found[f"{layer}.mlp.down_proj.weight"] = (size, inner)
     return found
 
 

@@ -6,12 +6,11 @@ import click
 
 __all__ = ["convert"]
 
-GIB = 2**30
-
 
 def convert(model: str, new_folder: str, revision: str | None) -> None:
     """Writes `new_folder` and says what is in it."""
     from light_core.engine.convert import convert as convert_weights
+    from light_core.engine.memory import GIB
 
     done = convert_weights(model, new_folder, revision, progress=lambda name: click.echo(f"converting {name}"))
     click.echo(f"wrote {new_folder}: {done.num_tensors} tensors in {done.num_files} file(s), {done.num_bytes / GIB:.2f} GiB")

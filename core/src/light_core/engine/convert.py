@@ -20,7 +20,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from light_core.engine.model_files import PICKLED_INDEX, PICKLED_SHARDS, PICKLES, is_text, listed, read_index, resolve_pickles
+from light_core.engine.model_files import (
+    PICKLED_INDEX,
+    PICKLED_SHARDS,
+    PICKLES,
+    is_text,
+    listed,
+    matches,
+    read_index,
+    reason,
+    resolve_pickles,
+)
 from light_core.engine.weights import INDEX, WHOLE
 from light_core.errors import CheckpointError, ConfigError
 
@@ -106,7 +116,7 @@ def _write_weights(folder: Path, names: Sequence[str], target: Path, progress: C
         try:
             sizes = _convert_file(folder / name, target / f"{len(parts)}.safetensors")
         except _NotWeightsError as error:
-            if len(names) == 1 or (folder / PICKLED_INDEX).is_file() or Path(name).match(PICKLED_SHARDS):
+            if len(names) == 1 or (folder / PICKLED_INDEX).is_file() or matches(name, [PICKLED_SHARDS]):
                 raise CheckpointError(f"{folder / name} holds no weights", str(error), "get the checkpoint again") from error
             logger.warning("%s is left out: %s", name, error)
             continue
@@ -125,7 +135,7 @@ def _write_weights(folder: Path, names: Sequence[str], target: Path, progress: C
 
 def _tell_left_out(folder: Path, names: Sequence[str]) -> None:
     for file in sorted(folder.iterdir()):
-        if file.name not in names and any(file.match(pattern) for pattern in PICKLES):
+        if file.name not in names and matches(file.name, PICKLES):
             logger.warning("%s is left out: it is not one of the files with the model's weights", file.name)
 
 
@@ -192,7 +202,7 @@ def _short(error: Exception) -> str:
     """The reason alone: torch's texts come with the advice to read everything, and with links."""
     if "Weights only load failed" in str(error):
         return "it is no pickle of tensors"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return reason(error)
 
 
 def _named_tensors(held: Any) -> dict[str, torch.Tensor]:

@@ -25,11 +25,13 @@ __all__ = [
     "create_config",
     "is_text",
     "listed",
+    "matches",
     "max_positions",
     "pickled_weights",
     "pickles_refused",
     "read_config",
     "read_index",
+    "reason",
     "require_safetensors",
     "resolve_dtype",
     "resolve_folder",
@@ -166,11 +168,11 @@ def pickled_weights(folder: Path, names: Iterable[str]) -> list[str]:
     """
     if (folder / PICKLED_INDEX).is_file():
         return sorted(set(read_index(folder / PICKLED_INDEX).values()))
-    pickled = sorted(name for name in names if _matches(name, PICKLES))
+    pickled = sorted(name for name in names if matches(name, PICKLES))
     if PICKLED_WHOLE in pickled:
         return [PICKLED_WHOLE]
     usual = [name for name in pickled if fnmatchcase(name, PICKLED_SHARDS)]
-    return usual or [name for name in pickled if not _matches(name, OF_TRAINERS)]
+    return usual or [name for name in pickled if not matches(name, OF_TRAINERS)]
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -193,7 +195,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def is_text(name: str) -> bool:
     """Whether a server may read file `name` of a checkpoint: configuration, tokenizer, templates. No weights, nor their index."""
-    return _matches(name, TEXT_ONLY) and not name.endswith(".index.json")
+    return matches(name, TEXT_ONLY) and not name.endswith(".index.json")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -201,7 +203,13 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def reason(error: Exception) -> str:
+    """The class and the text of a library's error, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file of that name is one of those that `patterns` describe."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -234,9 +242,9 @@ def _hub_names(model: str, revision: str | None) -> list[str]:
     try:
         names = HfApi().list_repo_files(model, revision=revision)
     except Exception as error:  # as in `_download`
-        logger.warning("the hub does not tell what files %s has: %s", model, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        logger.warning("the hub does not tell what files %s has: %s", model, reason(error))
         return []
-    return sorted(name for name in names if "/" not in name and not _matches(name, NOT_FETCHED))
+    return sorted(name for name in names if "/" not in name and not matches(name, NOT_FETCHED))
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
@@ -266,7 +274,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"{model} cannot be fetched", cause, "unset HF_HUB_OFFLINE" if offline else "check the network, or give a local folder"
         ) from error
     except Exception as error:  # whatever the hub's client and its HTTP library raise, it is about this download
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        cause = reason(error)
         raise ModelError(f"{model} cannot be fetched", cause, "check the network and the disk, or give a local folder") from error
 
 

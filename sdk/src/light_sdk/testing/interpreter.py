@@ -2,8 +2,8 @@
 
 It looks for all builtins of `triton.language` again for each call of a device function, makes a table of dtypes for each value,
 and computes integers a second time in 64 bits for an assertion that only `debug` makes. What kernels compute is the same.
-Source: `triton/runtime/interpreter.py` and `binary_op_sanitize_overflow_impl` in `triton/language/semantic.py` of Triton 3.6 to
-3.9. Caller: `guarded_launches`.
+Source: `triton/runtime/interpreter.py` and `binary_op_sanitize_overflow_impl` in `triton/language/semantic.py` of Triton 3.9.
+Caller: `guarded_launches`.
 """
 
 import functools
@@ -51,7 +51,7 @@ def _patched_once(patch: Callable[[Any], Any], stack: ExitStack) -> Callable[[An
         if modules(function) not in patched:
             patched.add(modules(function))
             scope = patch(function)
-            if scope is not None:  # before Triton 3.7 nothing is ever restored
+            if scope is not None:  # a version that restores nothing gives none
                 stack.callback(scope.restore)
         return _Kept()
 

@@ -17,7 +17,7 @@ import torch
 from light_core.engine import weights
 from light_sdk.testing.loading import load_model
 
-__all__ = ["load_published"]
+__all__ = ["affine_tensors", "decoder_tensors", "load_published"]
 
 WHOLE = "model.safetensors"
 MAX_MODEL_LEN = 4096
@@ -61,6 +61,35 @@ def load_published(
     with mock.patch.object(weights, "safe_open", open_header):
         modules = load_model(folder, plugins, "bfloat16", "meta", MAX_MODEL_LEN).modules
     return sum({id(parameter): parameter.numel() for module in modules.values() for parameter in module.parameters()}.values())
+
+
+def affine_tensors(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    """A weight of `shape`, and a bias as long as the weight has rows."""
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def decoder_tensors(config: Mapping[str, Any], prefix: str = "model.", biases: bool = False) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama-like text model below `prefix`, without its head, as transformers names them.
+
+    Args:
+        config: its entries of config.json.
+        prefix: of all names.
+        biases: of q, k and v.
+    """
+    size, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim", size // heads)
+    widths = {"q": heads * head_dim, "k": config["num_key_value_heads"] * head_dim, "v": config["num_key_value_heads"] * head_dim}
+    found: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": (config["vocab_size"], size), f"{prefix}norm.weight": (size,)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{prefix}layers.{i}"
+        found |= {f"{layer}.{norm}.weight": (size,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        for part, width in widths.items():
+            name = f"{layer}.self_attn.{part}_proj"
+            found |= affine_tensors(name, width, size) if biases else {f"{name}.weight": (width, size)}
+        found[f"{layer}.self_attn.o_proj.weight"] = (size, widths["q"])
+        found |= {f"{layer}.mlp.{part}_proj.weight": (inner, size) for part in ("gate", "up")}
+        found[f"{layer}.mlp.down_proj.weight"] = (size, inner)
+    return found
 
 
 class _Header:
