@@ -1,6 +1,13 @@
 """The streaming client against real sockets: what it times, and what it makes of servers that fail."""
 
+import array
+import fcntl
+import os
+import signal
 import socket
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -143,6 +150,26 @@ def test_nobody_listens(server: Server) -> None:
         target = Target("127.0.0.1", silent.getsockname()[1], False, "/v1/completions", {})
         [sample] = run_job(msgspec.structs.replace(job(server), target=target), time.monotonic())
     assert sample.error is not None and "Connect" in sample.error
+
+
+def test_samples_arrive_whole_when_a_write_is_interrupted(server: Server) -> None:
+    """A process that is stopped while it writes to a full pipe has written a part."""
+    unreachable = msgspec.structs.replace(job(server, count=1000), target=Target("127.0.0.1", 1, False, "/", {}))
+    command, environment = [sys.executable, "-m", "light_core.bench.client"], {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(msgspec.json.encode(unreachable) + b"\n" + repr(time.monotonic()).encode() + b"\n")
+        process.stdin.close()
+        assert process.stdout.readline() == b"ready\n"
+        readable = array.array("i", [0])
+        while readable[0] < 65_536:  # what a pipe holds
+            time.sleep(0.01)
+            fcntl.ioctl(process.stdout, termios.FIONREAD, readable)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        process.send_signal(signal.SIGCONT)
+        samples = msgspec.json.decode(process.stdout.readline(), type=list[Sample])
+    assert len(samples) == 1000 and all(sample.error for sample in samples)
 
 
 def test_addresses() -> None:

@@ -287,11 +287,12 @@ def run_job(job: Job, start: float) -> list[Sample]:
 
 def _main() -> None:
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
-    sys.stdout.buffer.write(b"ready\n")
-    sys.stdout.flush()
-    start = float(sys.stdin.buffer.readline())
-    sys.stdout.buffer.write(msgspec.json.encode(run_job(job, start)) + b"\n")
-    sys.stdout.flush()
+    # Without Python's buffer, which PYTHONUNBUFFERED takes away, a long write may end early.
+    with open(sys.stdout.fileno(), "wb", closefd=False) as output:
+        output.write(b"ready\n")
+        output.flush()
+        start = float(sys.stdin.buffer.readline())
+        output.write(msgspec.json.encode(run_job(job, start)) + b"\n")
 
 
 if __name__ == "__main__":
