@@ -18,7 +18,7 @@ Step = tuple[int, int]
 
 def create(pace: int | None = PACE, **options: object) -> Scheduler:
     settings = {"num_slots": 500_000, "max_num_seqs": 256, "max_num_batched_tokens": MOST, "max_model_len": 8192, **options}
-    return Scheduler(pace=pace, **settings)  # type: ignore[arg-type]
+    return Scheduler(pace=pace, paced=True, **settings)  # type: ignore[arg-type]
 
 
 def add(scheduler: Scheduler, lens: list[tuple[int, int]], stops: frozenset[int] = frozenset()) -> None:

@@ -163,6 +163,7 @@ class Case:
     caching: bool = True
     max_shared_len: int | None = None
     pace: int | None = None
+    paced: bool = False
     abort: float = 0.02
     error: float = 0.01
     max_live: int = 24
@@ -182,6 +183,7 @@ class Driver:
             enable_prefix_caching=case.caching,
             max_shared_len=case.max_shared_len,
             pace=case.pace,
+            paced=case.paced,
         )
         self.max_shared_len = case.max_len if case.max_shared_len is None else case.max_shared_len
         self.device = Device(case.num_slots, case.max_num_seqs, case.max_len, self.max_shared_len)
@@ -341,16 +343,16 @@ class Driver:
 
 
 CASES = {
-    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, pace=16, events=80_000),
-    "tight": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1),
+    "roomy": Case(num_slots=2000, max_num_seqs=16, budget=64, max_len=60, depth=1, pace=16, paced=True, events=80_000),
+    "tight": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1, pace=8),
     "tight-sync": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=0),
     "tiny": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=1),
     "tiny-sync": Case(num_slots=24, max_num_seqs=6, budget=7, max_len=40, depth=0),
-    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3, pace=8),
+    "tight-deep": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=3, pace=8, paced=True),
     "no-cache": Case(num_slots=90, max_num_seqs=12, budget=24, max_len=60, depth=1, caching=False),
     "length-bound-kv": Case(num_slots=120, max_num_seqs=12, budget=24, max_len=60, depth=1, max_shared_len=18),
     "one-row": Case(num_slots=70, max_num_seqs=1, budget=5, max_len=50, depth=1),
-    "many-aborts": Case(num_slots=70, max_num_seqs=10, budget=16, max_len=50, depth=1, abort=0.5, error=0.1, events=80_000),
+    "many-aborts": Case(num_slots=70, max_num_seqs=10, budget=16, max_len=50, depth=1, pace=4, abort=0.5, error=0.1, events=80_000),
 }
 
 

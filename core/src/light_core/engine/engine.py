@@ -83,6 +83,8 @@ class Engine:
             num_slots = self._size_pool()
             for share in self.runner.capture():
                 self._progress("graphs", share)
+        # On CPUs no pace was faster than none.
+        pace = pace_of(self.runtime, self.runner.replays_prompts) if resolved.device.startswith("cuda") else None
         self.scheduler = Scheduler(
             num_slots=num_slots,
             max_num_seqs=resolved.limits.max_num_seqs,
@@ -90,9 +92,10 @@ class Engine:
             max_model_len=resolved.limits.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             max_shared_len=self.runtime.kv_layout.max_shared_len,
-            # On CPUs no pace was faster than none.
-            pace=pace_of(self.runtime, self.runner.replays_prompts) if paced and resolved.device.startswith("cuda") else None,
+            pace=pace,
+            paced=paced,
         )
+        self._pace = pace or resolved.limits.max_num_batched_tokens
         is_ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
         self._depth = 1 if is_ahead else 0
         self._launched: deque[Launched] = deque()
@@ -245,7 +248,7 @@ class Engine:
         """Hands requests with media to the scheduler, as far as their items are encoded; returns the ends of those whose
         items cannot be."""
         assert self.media is not None
-        ready, refused = self.media.encode_waiting(self.scheduler.cached_len, self.scheduler.has_decodes)
+        ready, refused = self.media.encode_waiting(self.scheduler.cached_len, self._pace if self.scheduler.has_decodes else None)
         for request in ready:
             self.scheduler.add(request)
         updates = []

@@ -34,7 +34,7 @@ LAST_ID = 2**31 - 1
 MAX_CONTENTS = 1 << 16
 MAX_BATCH = 32
 SHARE = 2
-"""Of a step's tokens, one in so many is encoded before it while others decode, who wait for it. To encode a picture takes
+"""Of a pace of tokens, one in so many is encoded before a step while others decode, who wait for it. To encode a picture takes
 about as much work as the prefill of its tokens, so that such a step takes no longer than one that is full of text."""
 PROFILED_SIDE = 2048
 CHECKED_SIDE = 224
@@ -243,20 +243,20 @@ class EngineMedia:
         return waiting
 
     def encode_waiting(
-        self, cached_len: Callable[[EngineRequest], int], others_decode: bool = False
+        self, cached_len: Callable[[EngineRequest], int], pace: int | None = None
     ) -> tuple[list[EngineRequest], dict[int, str]]:
         """Encodes for those that have waited longest, as much as goes before one step.
 
         Args:
             cached_len: request to the number of its prompt tokens that have KV already and need no embeddings.
-            others_decode: whether requests wait for the step that have output already.
+            pace: tokens of a step that keeps nobody waiting for long, if requests wait for it that have output already.
 
         Returns:
             Requests that are ready for the scheduler, in order, and those that can never be: request id to why.
         """
         batch: dict[Name, MediaItem] = {}
         looked_at: list[_Waiting] = []
-        num_tokens, max_tokens = 0, self._max_tokens // (SHARE if others_decode else 1)
+        num_tokens, max_tokens = 0, self._max_tokens if pace is None else pace // SHARE
         for entry in self._waiting.values():
             if entry.needed is None:
                 known = cached_len(entry.request)

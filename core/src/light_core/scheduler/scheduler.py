@@ -1,6 +1,7 @@
 """Continuous batching: which tokens run in the next step, where their KV goes, and what became of those that ran.
 
-A step mixes every running decode with as many prompt tokens as the token budget leaves, first come first served.
+A step mixes every running decode with prompt tokens, first come first served; how many is a question of its own
+(`interleaving.py`, `pacing.py`).
 `plan` may be called for step N+1 before `commit` has had the samples of step N: samples feed the next step on the
 device, and outputs are planned ahead of what the host knows. Since the device runs steps in order, slots and rows can
 be given anew as soon as the host knows that they are free.
@@ -22,6 +23,7 @@ from light_core.errors import RequestError
 from light_core.kv.pool import SlotPool
 from light_core.kv.radix import RadixCache
 from light_core.scheduler.admission import Admission
+from light_core.scheduler.interleaving import Interleaver
 from light_core.scheduler.lengths import LengthEstimator
 from light_core.scheduler.pacing import Pacer
 from light_core.scheduler.plan import Admitted, Chunk, StepPlan, create_plan
@@ -43,8 +45,9 @@ class Scheduler:
         max_model_len: prompt and output of a request.
         enable_prefix_caching: keep KV in a radix tree and share it.
         max_shared_len: `KVLayout.max_shared_len`.
-        pace: only the end of the last request counts (`pacing.py`), they are added longest outputs first, and steps with
-            prompts have multiples of so many tokens; None where each request counts.
+        pace: tokens that keep the device busy; steps with prompts have that many where more would be in somebody's way. None
+            gives them the whole budget.
+        paced: only the end of the last request counts, and they are added longest outputs first.
         clock: monotonic, in seconds.
     """
 
@@ -58,6 +61,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         max_shared_len: int | None = None,
         pace: int | None = None,
+        paced: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Every running request must be able to have a token in every step.
@@ -76,7 +80,11 @@ class Scheduler:
         self._live: dict[int, ScheduledRequest] = {}
         # Every waiting request came later than every running one.
         self._waiting = WaitingQueue()
-        self._pacer = None if pace is None else Pacer(self.rows, self._waiting, self.lengths, pace, max_num_batched_tokens)
+        self._budgets: Pacer | Interleaver | None = None
+        if pace is not None and paced:
+            self._budgets = Pacer(self.rows, self._waiting, self.lengths, pace, max_num_batched_tokens)
+        elif pace is not None:
+            self._budgets = Interleaver(self.rows, self._waiting, pace, max_num_batched_tokens)
         # Nobody is admitted behind an unfinished prefill: it is one at most, and the newest of the running requests. So
         # memory that it lacks is held by older ones, which end, and it is the first to give way to them.
         self._prefilling: ScheduledRequest | None = None
@@ -186,7 +194,7 @@ class Scheduler:
         Every plan must be run, and committed in the same order. Does not block; about 0.1 ms for 256 decodes.
         """
         decodes = self._plan_decodes()
-        budget = self.max_num_batched_tokens if self._pacer is None else self._pacer.budget(len(decodes))
+        budget = self.max_num_batched_tokens if self._budgets is None else self._budgets.budget(len(decodes))
         chunks = self._plan_prefills(budget - len(decodes))
         if len(decodes) == 0 and not chunks:
             return None

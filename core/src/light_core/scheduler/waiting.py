@@ -11,12 +11,13 @@ class WaitingQueue:
     """First come first served; a preempted request goes back to the head.
 
     Attributes:
-        tokens: of all their prompts, and of all the output that they may have.
+        prompt_tokens: of all their prompts.
+        tokens: the same, and of all the output that they may have.
     """
 
     def __init__(self) -> None:
         self._records: OrderedDict[int, ScheduledRequest] = OrderedDict()
-        self.tokens = 0
+        self.prompt_tokens = self.tokens = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -36,9 +37,11 @@ class WaitingQueue:
         request_id = record.request.request_id
         self._records[request_id] = record
         self._records.move_to_end(request_id, last=not at_head)
+        self.prompt_tokens += len(record.request.prompt)
         self.tokens += record.max_len
 
     def remove(self, record: ScheduledRequest) -> None:
         """Takes `record` out, wherever it stands."""
         del self._records[record.request.request_id]
+        self.prompt_tokens -= len(record.request.prompt)
         self.tokens -= record.max_len
