@@ -71,30 +71,31 @@ def test_a_prompt_runs_in_paces_beside_decodes() -> None:
     run.add(300)
     run.add(300)
     assert run.step() == (9, 600), "what fits a pace runs at once"
+    run.add(600)
+    run.add(1100)
+    assert run.step() == (11, PACE - 11), "a tail of the second is left"
+    run.add(1000)
+    assert run.step() == (12, PACE - 12), "two paces are no long queue"
 
 
-def test_half_of_a_long_queue_runs_at_once() -> None:
+def test_half_of_those_behind_a_prompt_runs_at_once() -> None:
     run = decoding(8)
     for _ in range(8):
         run.add(4000)
-    assert run.step() == (8, MOST - 8), "half would be more than there may be"
-    left, decodes = 32_000 - MOST + 8, 10
+    left = 32_000
     while left:
-        sizes = run.step()
-        whole = max(PACE, (decodes + left // 2) // TILE * TILE)
-        assert sizes == (decodes, min(left, whole - decodes, MOST - decodes))
-        left -= sizes[1]
-        decodes = 8 + (32_000 - left) // 4000
+        decodes, prompts = run.step()
+        assert decodes == 8 + (32_000 - left) // 4000
+        behind = max(left - 1, 0) // 4000 * 4000  # but for the prompt that is next, or under way
+        whole = max(PACE, (decodes + behind // 2) // TILE * TILE)
+        assert prompts == min(left, whole - decodes, MOST - decodes)
+        left -= prompts
 
 
-def test_a_prompt_under_way_counts_as_waiting() -> None:
+def test_a_long_prompt_runs_in_paces_too() -> None:
     run = decoding(4)
     run.add(30_000)
-    sizes, left = run.prompts(), 30_000
-    assert sizes[0] == MOST - 4 and sum(sizes) == left
-    for size in sizes[:-1]:
-        assert size == min(MOST, max(PACE, (4 + left // 2) // TILE * TILE)) - 4
-        left -= size
+    assert run.prompts() == [PACE - 4] * 29 + [30_000 - 29 * (PACE - 4)]
 
 
 @pytest.mark.parametrize("count", [500, 700, 1400])

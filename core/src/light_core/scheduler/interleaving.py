@@ -1,14 +1,12 @@
 """How much of prompts a step has, where each request counts: those that decode wait for every prompt in their step.
 
 A step of the whole budget keeps its decodes waiting for as long as dozens of steps of decodes alone, but it is no faster a
-token than one of a pace, which keeps a GPU busy as well. So while requests decode, steps have a pace of tokens. If more
-waits than two steps would take, half of it runs in the next one: whoever waits is served after a number of steps that grows
-with the logarithm of what stands before it, not in proportion (docs/decisions/0020). Caller: the scheduler.
+token than one of a pace, which keeps a GPU busy as well. So while requests decode, steps have a pace of tokens, however long
+the prompt is: it gains little by larger ones. Those behind it do, as fewer decodes are in their way. So where more than two
+paces of prompts wait behind it, half of them may run in the next step (docs/decisions/0020). Caller: the scheduler.
 """
 
 from math import ceil
-
-import numpy as np
 
 from light_core.scheduler.pacing import TILE
 from light_core.scheduler.rows import Rows
@@ -17,7 +15,7 @@ from light_core.scheduler.waiting import WaitingQueue
 __all__ = ["Interleaver"]
 
 SHARE = 2
-"""Of the prompt tokens that wait, one in so many runs in the next step."""
+"""Of the prompt tokens behind the first prompt, one in so many may run in the next step."""
 
 
 class Interleaver:
@@ -44,8 +42,9 @@ class Interleaver:
         if not num_decodes:
             return self._most
         rows = self._rows
-        prefilling = np.flatnonzero(rows.active & ~rows.decoding)
-        num_waiting = self._waiting.prompt_tokens + int((rows.target[prefilling] - rows.computed[prefilling]).sum())
-        share = (num_decodes + num_waiting // SHARE) // self._round * self._round
+        num_behind = self._waiting.prompt_tokens
+        if len(self._waiting) and not (rows.active & ~rows.decoding).any():
+            num_behind -= len(self._waiting.head.request.prompt)
+        share = (num_decodes + num_behind // SHARE) // self._round * self._round
         least = ceil((num_decodes + self._pace // 2) / self._round) * self._round
         return min(max(self._pace, share, least), self._most)
