@@ -1,12 +1,13 @@
 """Pictures on one GPU: how fast they are encoded, and how long a question about one waits for its first token.
 
-    python plugins/qwen_vl/benchmarks/pictures.py encoder [NAME …]    the encoders alone, beside the roofline
+    python plugins/qwen_vl/benchmarks/pictures.py encoder [NAME …]    the encoders alone, beside the roofline; --top N kernels
     python plugins/qwen_vl/benchmarks/pictures.py folder FOLDER       a model without weights of Qwen2-VL-7B's shape
     python plugins/qwen_vl/benchmarks/pictures.py ask URL             asks a server of the OpenAI API, Light's or another
 
 `encoder` prints a case's time with every kernel launched and by its CUDA graph, after it has compared the two; a wrong one
-prints no number and the program ends with status 1. Times hold resampling and cutting. Its floor is that of the products and
-of attention at the matrix rate. `ask` needs nothing of Light and prints one JSON line for each of its cases:
+prints no number and the program ends with status 1. Times hold resampling and cutting; "together" is all pictures in one pass,
+where the encoder itself takes large ones one by one. Its floor is that of the products and of attention at the matrix rate.
+`ask` needs nothing of Light and prints one JSON line for each of its cases:
 
     one     a question about a picture that no cache knows, one at a time: seconds from sending to the first token
     again   a second question about the same picture
@@ -19,13 +20,14 @@ import argparse
 import base64
 import io
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count as counting
 from itertools import pairwise
@@ -114,7 +116,7 @@ MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 4096
 SIDE = 1000
 WARM = 8
 """Pictures one at a time before any counts: shapes that come back are captured by then."""
-SIZES = ((224, 224, 1), (448, 448, 1), (1000, 1000, 1), (448, 448, 4), (1000, 1000, 4), (2000, 1500, 1))
+SIZES = ((224, 224, 1), (448, 448, 1), (1000, 1000, 1), (448, 448, 4), (1000, 1000, 3), (1000, 1000, 6), (2000, 1500, 1))
 """Width, height, and pictures at a time."""
 SQUARES = ((448, 448, 1), (448, 448, 4), (448, 448, 16))
 """Of Qwen-VL, which knows one size."""
@@ -187,7 +189,21 @@ def measure(module: Any, items: list[Any]) -> float:
     return statistics.median(times)
 
 
-def measure_encoders(names: list[str]) -> int:
+def print_kernels(run: Callable[[], object], top: int) -> None:
+    """The `top` kernels of `run` by time, each with how often it ran; what CUDA graphs replay is among them."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda one: -one.self_device_time_total)
+    print(f"  {sum(one.self_device_time_total for one in kernels) / 1e3:8.2f} ms in {sum(one.count for one in kernels)} kernels")
+    for one in kernels[:top]:
+        print(f"  {one.self_device_time_total / 1e3:8.2f} ms {one.count:5} x {one.key[:100]}")
+
+
+def measure_encoders(names: list[str], top: int) -> int:
     import torch
     from torch.nn.attention import sdpa_kernel
 
@@ -195,7 +211,7 @@ def measure_encoders(names: list[str]) -> int:
 
     wrong = 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; floor at {MATRIX_RATE / 1e12:.0f} TFLOP/s")
-    print("encoder      pictures        first ms  planned ms  graph ms  pictures/s  TFLOP/s  of floor")
+    print("encoder      pictures        first ms  planned ms  together ms  graph ms  pictures/s  TFLOP/s  of floor")
     for name in names:
         encoder = create_encoder(name)
         module = encoder.module
@@ -209,6 +225,7 @@ def measure_encoders(names: list[str]) -> int:
                     expected, first = module(items), measure(module, items)
                 with sdpa_kernel(PLANNED, set_priority=True):
                     planned = measure(module, items)
+                    together = measure(module.together, items) if count > 1 and hasattr(module, "together") else math.nan
                 module.graphs = graphs
                 for _ in range(SEEN + 2):  # the last two by the graph
                     found = module(items)
@@ -220,9 +237,12 @@ def measure_encoders(names: list[str]) -> int:
                 continue
             work = operations(name, items)
             print(
-                f"{name:12} {f'{count} x {width}x{height}':14} {first * 1e3:9.2f} {planned * 1e3:11.2f} {seconds * 1e3:9.2f} "
-                f"{count / seconds:11.1f} {work / seconds / 1e12:8.0f} {work / MATRIX_RATE / seconds:9.2f}"
+                f"{name:12} {f'{count} x {width}x{height}':14} {first * 1e3:9.2f} {planned * 1e3:11.2f} {together * 1e3:12.2f} "
+                f"{seconds * 1e3:9.2f} {count / seconds:11.1f} {work / seconds / 1e12:8.0f} {work / MATRIX_RATE / seconds:9.2f}"
             )
+            if top:
+                with torch.inference_mode():
+                    print_kernels(lambda module=module, items=items: module(items), top)
         del encoder, module
         torch.cuda.empty_cache()
     return wrong
@@ -400,7 +420,9 @@ def quantiles(times: list[float], name: str) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("encoder").add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; all if none is given")
+    encoder = commands.add_parser("encoder")
+    encoder.add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; all if none is given")
+    encoder.add_argument("--top", type=int, default=0, help="kernels of each case that are printed, by time")
     commands.add_parser("folder").add_argument("folder", type=Path)
     asking = commands.add_parser("ask")
     asking.add_argument("url")
@@ -412,7 +434,7 @@ def main() -> int:
     asking.add_argument("--streams", type=int, default=16, help="answers to words alone at the same time")
     arguments = parser.parse_args()
     if arguments.command == "encoder":
-        return measure_encoders(arguments.names or list(CONFIGS))
+        return measure_encoders(arguments.names or list(CONFIGS), arguments.top)
     if arguments.command == "folder":
         write_folder(arguments.folder)
         return 0
