@@ -8,7 +8,7 @@ what takes least energy is fastest, and both are said (energy where `pynvml` is 
 
 What is faster than torch's by more than `LEAST_GAIN` is written to FILE, under "blas", beside what FILE has:
 `sdk/src/light_sdk/ops/linear/configs/<GPU name with dashes>.json`; else "blas", torch's own. From `onto.LEAST_TOKENS` on,
-products that a model adds to its residual have an entry under "onto" too.
+products that a model adds to its residual have an entry under "onto" too; those with a bias have theirs under "biased".
 """
 
 import argparse
@@ -20,19 +20,25 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from linear import BANDWIDTH, FLOPS, MODELS
 from ops import random
 
-from light_sdk.ops.linear.blas import Algorithm, Product, suggested_algorithms, version
+from light_sdk.ops.linear.blas import Algorithm, Kind, Product, suggested_algorithms, version
 from light_sdk.ops.linear.onto import LEAST_TOKENS
 
 TOKENS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 896, 1024, 2048, 4096, 8192)
 """Those that graphs are captured for, or near them: an entry is for all from half of its tokens on."""
 SUGGESTED_TOKENS = (*range(16, 641, 16), *range(704, 1537, 64), 2048, 3072, 4096, 6144, 8192)
+SHAPES = MODELS | {
+    "qwen2-vl-encoder": {"qkv": (3840, 1280), "out": (1280, 1280), "up": (5120, 1280), "down": (1280, 5120)},
+}
 ADDED = ("out", "down")
+BIASED = {"qwen2-7b": ("qkv",), "qwen2-vl-encoder": tuple(SHAPES["qwen2-vl-encoder"])}
+"""What has a bias, and so is not added."""
 MAX_COPIES, COPIED_BYTES = 24, 2_000_000_000
 FINALISTS, ROUNDS = 6, 3
 BURST_S, RUN_S = 0.4e-3, 0.1
@@ -76,7 +82,7 @@ def cost(run: Run, weights: Sequence[torch.Tensor], calls: int) -> Cost:
 
 def candidates(models: Sequence[str]) -> list[Algorithm]:
     """All that cuBLAS suggests for these models' products of any number of tokens; each of them in as many parts along K."""
-    shapes = {shape for model in models for shape in MODELS[model].values()}
+    shapes = {shape for model in models for shape in SHAPES[model].values()}
     found = set().union(*(suggested_algorithms(*shape, tokens) for shape, tokens in itertools.product(shapes, SUGGESTED_TOKENS)))
     parts = sorted({algorithm.split_k for algorithm in found})
     return [replace(algorithm, split_k=k) for algorithm in sorted({replace(a, split_k=1) for a in found}, key=str) for k in parts]
@@ -100,17 +106,27 @@ def copies(n: int, k: int) -> list[torch.Tensor]:
     return [random(n, k) * k**-0.5 for _ in range(max(1, min(MAX_COPIES, COPIED_BYTES // (n * k * 2))))]
 
 
-def costs(tried: Sequence[Algorithm], n: int, k: int, tokens: int, adds: bool, run_s: float = RUN_S) -> dict[Algorithm | None, Cost]:
+def kinds(model: str, name: str, tokens: int) -> tuple[Kind, ...]:
+    """How product `name` is used."""
+    if name in BIASED.get(model, ()):
+        return ("biased",)
+    return ("plain", "onto") if name in ADDED and tokens >= LEAST_TOKENS else ("plain",)
+
+
+def costs(tried: Sequence[Algorithm], n: int, k: int, tokens: int, kind: Kind, run_s: float = RUN_S) -> dict[Algorithm | None, Cost]:
     """What the finalists and torch's product, which is None, take; the median of `ROUNDS` runs of `run_s` seconds each."""
     weights = copies(n, k)
     x, out = random(tokens, k), torch.zeros(tokens, n, dtype=torch.bfloat16, device="cuda")
-    expected = (x.double() @ weights[0].double().T).float()
+    bias = random(n) if kind == "biased" else None
+    expected = (x.double() @ weights[0].double().T + (0 if bias is None else bias.double())).float()
 
     def by_torch(weight: torch.Tensor) -> object:
-        return torch.addmm(out, x, weight.t(), out=out) if adds else torch.mm(x, weight.t(), out=out)
+        if kind == "plain":
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(out, x, weight.t(), out=out) if bias is None else F.linear(x, weight, bias)
 
     def by(product: Product) -> Run:
-        return lambda weight: product(x, weight, out)
+        return lambda weight: product(x, weight, out, bias)
 
     elapsed(by_torch, weights, 2)
     least = elapsed(by_torch, weights, 2, ahead=True)
@@ -118,7 +134,7 @@ def costs(tried: Sequence[Algorithm], n: int, k: int, tokens: int, adds: bool, r
     first: dict[Algorithm, float] = {}
     for algorithm in tried:
         try:
-            run = by(Product(algorithm, n, k, tokens, adds))
+            run = by(Product(algorithm, n, k, tokens, kind))
         except ValueError:
             continue
         out.zero_()
@@ -153,25 +169,24 @@ def sweep(models: Sequence[str], tokens: Sequence[int], file: Path, run_s: float
     """Tries all on all, and writes what is best as soon as it is known."""
     content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if content.get("blas", {}).get("version") != version():
-        content["blas"] = {"version": version(), "plain": {}, "onto": {}}
+        content["blas"] = {"version": version()} | {kind: {} for kind in get_args(Kind)}
     tried = candidates(models)
     print(f"cuBLASLt {version()}: {len(tried)} algorithms")
     for count, model in itertools.product(tokens, models):
-        for name, (n, k) in MODELS[model].items():
-            for adds in (False, True) if name in ADDED and count >= LEAST_TOKENS else (False,):
-                found = costs(tried, n, k, count, adds, run_s)
+        for name, (n, k) in SHAPES[model].items():
+            for kind in kinds(model, name, count):
+                found = costs(tried, n, k, count, kind, run_s)
                 best = min(one.seconds for algorithm, one in found.items() if algorithm is not None)
                 rate = max(2.0 * n * k / best / BANDWIDTH, 2.0 * n * k * count / best / FLOPS)
                 by_torch = found[None].seconds
-                print(
-                    f"{model} {name}{' added' if adds else ''}, {count} tokens: torch {by_torch * 1e6:.1f}, {best * 1e6:.1f} us,", end=" "
-                )
+                used = f"{model} {name}{'' if kind == 'plain' else f' {kind}'}, {count} tokens"
+                print(f"{used}: torch {by_torch * 1e6:.1f}, {best * 1e6:.1f} us,", end=" ")
                 print(f"{best / by_torch:.3f}, {rate:.0%} of the roofline: {entry(found)}", flush=True)
                 if run_s >= LEAST_METERED_S:
                     for algorithm, one in sorted(found.items(), key=lambda pair: pair[1].seconds):
                         power = one.joules / one.seconds
                         print(f"  {one.seconds * 1e6:8.1f} us {one.joules * 1e3:8.2f} mJ {power:5.0f} W  {algorithm or 'torch'}")
-                entries = content["blas"]["onto" if adds else "plain"].setdefault(f"{n}x{k}", {})
+                entries = content["blas"][kind].setdefault(f"{n}x{k}", {})
                 entries[str(count)] = entry(found)
                 file.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -179,7 +194,7 @@ def sweep(models: Sequence[str], tokens: Sequence[int], file: Path, run_s: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-3.1-8b"])
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama-3.1-8b"])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N")
     parser.add_argument("--seconds", type=float, default=RUN_S, metavar="S", help="how long a finalist runs in each round")
     arguments = parser.parse_args()

@@ -1,21 +1,23 @@
 """Products by cuBLASLt: which algorithm is taken for which number of tokens, and (GPU) that each of the data files is right."""
 
+import itertools
 import json
 from importlib import resources
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from light_sdk.ops.linear import blas
-from light_sdk.ops.linear.blas import Algorithm, Product, product, product_to, suggested_algorithms, tuned_algorithm, version
+from light_sdk.ops.linear.blas import Algorithm, Kind, Product, product, product_to, suggested_algorithms, tuned_algorithm, version
 
 FILES = sorted(resources.files("light_sdk.ops.linear").joinpath("configs").iterdir(), key=lambda file: file.name)
 BLAS = [(file.name, json.loads(file.read_text())["blas"]) for file in FILES]
 TUNED = [
-    (kind == "onto", tuple(map(int, shape.split("x"))), int(tokens), Algorithm(**entry))
+    (kind, tuple(map(int, shape.split("x"))), int(tokens), Algorithm(**entry))
     for _, blas in BLAS
-    for kind in ("plain", "onto")
+    for kind in get_args(Kind)
     for shape, entries in blas[kind].items()
     for tokens, entry in entries.items()
     if entry != "blas"
@@ -33,8 +35,8 @@ def test_an_entry_is_for_more_than_half_of_its_tokens(num_tokens, tile) -> None:
 
 @pytest.mark.parametrize(("name", "blas"), BLAS)
 def test_files(name, blas) -> None:
-    assert blas["version"] >= 130000 and set(blas) == {"version", "plain", "onto"}, name
-    for entries in (*blas["plain"].values(), *blas["onto"].values()):
+    assert blas["version"] >= 130000 and set(blas) == {"version", *get_args(Kind)}, name
+    for entries in (entries for kind in get_args(Kind) for entries in blas[kind].values()):
         assert list(map(int, entries)) == sorted(map(int, entries))
 
 
@@ -52,7 +54,8 @@ def test_an_algorithm_that_cublas_lacks_is_told_once(monkeypatch, caplog) -> Non
     monkeypatch.setattr(blas, "version", lambda: 7)
     monkeypatch.setattr(blas, "device_name", lambda device: "a GPU")
     entries = {"64": {"tile": 1, "cluster": 5}, "128": {"tile": 2, "cluster": 5}}
-    monkeypatch.setattr(blas, "read_configs", lambda package, name: {"blas": {"version": 7, "plain": {"24x8": entries}, "onto": {}}})
+    content = {"version": 7, "plain": {"24x8": entries}, "onto": {}, "biased": {}}
+    monkeypatch.setattr(blas, "read_configs", lambda package, name: {"blas": content})
     made: list[tuple] = []
 
     def refuse(*arguments) -> None:
@@ -62,21 +65,25 @@ def test_an_algorithm_that_cublas_lacks_is_told_once(monkeypatch, caplog) -> Non
     monkeypatch.setattr(blas, "Product", refuse)
     device = torch.device("cuda", 9)
     for num_tokens in (60, 64):
-        tuned = blas._tuned(device, 24, 8, False, num_tokens)
-        assert tuned == (Algorithm(1, 5), 24, 8, 128, False)
+        tuned = blas._tuned(device, 24, 8, "plain", num_tokens)
+        assert tuned == (Algorithm(1, 5), 24, 8, 128, "plain")
         assert blas._product(*tuned, device) is None
     assert made == [tuned] and caplog.text.count("no such algorithm") == 1
-    assert blas._tuned(device, 24, 8, True, 64) is None and blas._tuned(device, 24, 9, False, 64) is None
+    assert all(blas._tuned(device, 24, 8, kind, 64) is None for kind in ("onto", "biased"))
+    assert blas._tuned(device, 24, 9, "plain", 64) is None
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
-def check(call: Product, n: int, k: int, tokens: int, adds: bool, tolerances) -> None:
+def check(call: Product, n: int, k: int, tokens: int, kind: Kind, tolerances) -> None:
     x, weight, out = random(tokens, k), random(n, k) * k**-0.5, random(tokens, n)
-    expected = x.double() @ weight.double().T + (out.double() if adds else 0)
-    call(x, weight, out)
+    bias = random(n) if kind == "biased" else None
+    expected = x.double() @ weight.double().T + (out.double() if kind == "onto" else 0)
+    call(x, weight, out, bias)
+    if bias is not None:
+        expected += bias.double()
     torch.testing.assert_close(out.double(), expected, **{name: 2 * value for name, value in tolerances(torch.bfloat16).items()})
 
 
@@ -85,10 +92,10 @@ def test_algorithms_of_the_files(tolerances) -> None:
     """Each with its own number of tokens, then with others that it is taken for."""
     if any(version() != blas["version"] for _, blas in BLAS):
         pytest.skip(f"measured with another cuBLAS than {version()}")
-    for adds, (n, k), tokens, algorithm in TUNED:
-        call = Product(algorithm, n, k, max(tokens, 1024), adds)
+    for kind, (n, k), tokens, algorithm in TUNED:
+        call = Product(algorithm, n, k, max(tokens, 1024), kind)
         for count in (tokens, tokens // 2 + 1, tokens - 7):
-            check(call, n, k, count, adds, tolerances)
+            check(call, n, k, count, kind, tolerances)
 
 
 @pytest.mark.gpu
@@ -115,7 +122,9 @@ def test_what_cublas_suggests_can_be_named(tolerances) -> None:
     suggested = suggested_algorithms(6144, 4096, 512)
     if not suggested:
         pytest.skip("cuBLAS has other kernels on this GPU")
-    for algorithm in suggested:
-        check(Product(algorithm, 6144, 4096, 512, False), 6144, 4096, 512, False, tolerances)
+    for algorithm, kind in itertools.product(suggested, get_args(Kind)):
+        call = Product(algorithm, 6144, 4096, 512, kind)
+        for _ in range(2):  # with another bias, too
+            check(call, 6144, 4096, 512, kind, tolerances)
     with pytest.raises(ValueError, match="no Algorithm"):
-        Product(Algorithm(9999, 9999), 6144, 4096, 512, False)
+        Product(Algorithm(9999, 9999), 6144, 4096, 512, "plain")

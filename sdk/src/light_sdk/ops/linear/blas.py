@@ -14,7 +14,7 @@ import logging
 import os
 from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from light_core.engine.fakes import is_fake
 from light_sdk.ops.tuning import device_name, entry_for, read_configs
 
-__all__ = ["Algorithm", "Product", "product", "product_to", "suggested_algorithms", "tuned_algorithm", "version"]
+__all__ = ["Algorithm", "Kind", "Product", "product", "product_to", "suggested_algorithms", "tuned_algorithm", "version"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,10 @@ WORKSPACE_BYTES = 1 << 20
 ALIGNMENT = 256
 """Bytes, of addresses: what cuBLAS's algorithms may take for granted unless told otherwise."""
 COMPUTE_32F, REAL_32F, REAL_16BF, TRANSPOSED = 68, 0, 14, 1
-TRANSPOSE_A = 3
+TRANSPOSE_A, EPILOGUE, BIAS_POINTER = 3, 7, 8
 """Of a product's attributes."""
+ADD_BIAS = 4
+"""The epilogue that adds a number to each row of cuBLAS's result, which is a column of torch's."""
 COLUMNS = 3
 """Of a matrix's."""
 ALGORITHM_WORDS, RESULT_WORDS = 8, 12
@@ -43,6 +45,10 @@ SPLIT_SUMS = 2
 """How parts along K are added up: in float32, in the workspace."""
 HOPPER_KERNELS, HOPPER_STAGES = 66, 35
 """cuBLAS's id of its kernels for Hopper, and of "as many stages as fit"."""
+
+
+Kind = Literal["plain", "onto", "biased"]
+"""Of a product: `x @ weight.T` alone, added to what is there, or with a bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +70,17 @@ class Algorithm:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As the reference of `linear`."""
-    found = _find(x, weight, False) if bias is None else None
-    if found is None:
+    found = _find(x, weight, "plain" if bias is None else "biased")
+    if found is None or (bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or bias.data_ptr() % ALIGNMENT)):
         return F.linear(x, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
-    found(x, weight, out)
+    found(x, weight, out, bias)
     return out
 
 
 def product_to(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, adds: bool = False) -> None:
     """Overwrites `out` `[T, N]`, contiguous, with `x @ weight.T`, or where it `adds` with `out + x @ weight.T`."""
-    found = _find(x, weight, adds)
+    found = _find(x, weight, "onto" if adds else "plain")
     if found is not None and out.data_ptr() % ALIGNMENT == 0:
         found(x, weight, out)
     elif adds:
@@ -93,13 +99,14 @@ def suggested_algorithms(n: int, k: int, num_tokens: int) -> set[Algorithm]:
     """What cuBLAS would take for a product of that shape, and what it thinks nearly as good; on the current CUDA device."""
     cublas, preference, count = _cublas(), ctypes.c_void_p(), ctypes.c_int()
     results = (ctypes.c_uint64 * RESULT_WORDS * MAX_SUGGESTED)()
-    matrices = [_matrix(k, n), _matrix(k, num_tokens), _matrix(n, num_tokens)]
+    description, matrices = _description(), [_matrix(k, n), _matrix(k, num_tokens), _matrix(n, num_tokens)]
     _must(cublas.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
     limit = ctypes.c_uint64(WORKSPACE_BYTES)
     _must(cublas.cublasLtMatmulPreferenceSetAttribute(preference, MOST_WORKSPACE, ctypes.byref(limit), ctypes.c_size_t(8)))
-    arguments = (_handle(torch.cuda.current_device()), _kind(), *matrices, matrices[-1], preference, MAX_SUGGESTED, results)
+    arguments = (_handle(torch.cuda.current_device()), description, *matrices, matrices[-1], preference, MAX_SUGGESTED, results)
     status = cublas.cublasLtMatmulAlgoGetHeuristic(*arguments, ctypes.byref(count))
     cublas.cublasLtMatmulPreferenceDestroy(preference)
+    cublas.cublasLtMatmulDescDestroy(description)
     for matrix in matrices:
         cublas.cublasLtMatrixLayoutDestroy(matrix)
     _must(status)
@@ -119,36 +126,44 @@ class Product:
         n: rows of the weight.
         k: its columns.
         most_tokens: that `x` will have.
-        adds: whether the product is added to what `out` has.
+        kind: of product.
 
     Raises:
         ValueError: cuBLAS does not have the algorithm for this shape, or it needs more than `WORKSPACE_BYTES`, which all
             products of a device share, as they follow each other in one stream.
     """
 
-    def __init__(self, algorithm: Algorithm, n: int, k: int, most_tokens: int, adds: bool) -> None:
+    def __init__(self, algorithm: Algorithm, n: int, k: int, most_tokens: int, kind: Kind) -> None:
         self._cublas, device = _cublas(), torch.cuda.current_device()
-        self._handle, self._kind, self._workspace = _handle(device), _kind(), _workspace(device)
+        self._handle, self._description, self._workspace = _handle(device), _description(), _workspace(device)
+        self._is_biased = kind == "biased"
+        if self._is_biased:
+            _set(self._description, EPILOGUE, ctypes.c_int32(ADD_BIAS))
+            _set(self._description, BIAS_POINTER, ctypes.c_void_p(self._workspace.data_ptr()))  # any, while it is checked
         self._weight, self._x, self._out = _matrix(k, n), _matrix(k, most_tokens), _matrix(n, most_tokens)
         self._num_tokens, self._lock = most_tokens, Lock()
-        self._one, self._beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if adds else 0.0)
+        self._one, self._beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if kind == "onto" else 0.0)
         self._algorithm = self._named(algorithm)
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes `x @ weight.T`, or adds it, to `out`.
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Writes `x @ weight.T`, with `bias` where the kind has one, or adds it, to `out`.
 
         Args:
             x: `[T, K]` bfloat16, contiguous, at a multiple of `ALIGNMENT` bytes, as the others are.
             weight: `[N, K]`.
             out: `[T, N]`.
+            bias: `[N]`, contiguous, if and only if the kind is "biased".
         """
         stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
         out_matrix, out_ptr = self._out, ctypes.c_void_p(out.data_ptr())
         with self._lock:
             self._set_tokens(x.shape[0])
+            if self._is_biased:
+                assert bias is not None
+                _set(self._description, BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
             _must(
                 self._cublas.cublasLtMatmul(
-                    *(self._handle, self._kind, ctypes.byref(self._one)),
+                    *(self._handle, self._description, ctypes.byref(self._one)),
                     *(ctypes.c_void_p(weight.data_ptr()), self._weight, ctypes.c_void_p(x.data_ptr()), self._x),
                     *(ctypes.byref(self._beta), out_ptr, out_matrix, out_ptr, out_matrix, self._algorithm),
                     *(ctypes.c_void_p(self._workspace.data_ptr()), ctypes.c_size_t(self._workspace.numel()), stream),
@@ -171,16 +186,16 @@ class Product:
             stored, size = _attribute(name, value)
             status = status or self._cublas.cublasLtMatmulAlgoConfigSetAttribute(named, ATTRIBUTES[name], ctypes.byref(stored), size)
         matrices = (self._weight, self._x, self._out, self._out)
-        status = status or self._cublas.cublasLtMatmulAlgoCheck(self._handle, self._kind, *matrices, named, checked)
+        status = status or self._cublas.cublasLtMatmulAlgoCheck(self._handle, self._description, *matrices, named, checked)
         if status or checked[ALGORITHM_WORDS] > self._workspace.numel():
             raise ValueError(f"cuBLASLt {version()} has no {algorithm} for this shape (status {status})")
         return named
 
 
-def _find(x: torch.Tensor, weight: torch.Tensor, adds: bool) -> Product | None:
+def _find(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> Product | None:
     if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or x.dim() != 2 or not x.is_cuda or is_fake(x) or is_fake(weight):
         return None
-    tuned = _tuned(x.device, *weight.shape, adds, x.shape[0])
+    tuned = _tuned(x.device, *weight.shape, kind, x.shape[0])
     if tuned is None or x.device.index != torch.cuda.current_device():
         return None
     is_plain = all(tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 for tensor in (x, weight))
@@ -188,21 +203,21 @@ def _find(x: torch.Tensor, weight: torch.Tensor, adds: bool) -> Product | None:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _tuned(device: torch.device, n: int, k: int, adds: bool, num_tokens: int) -> tuple[Algorithm, int, int, int, bool] | None:
+def _tuned(device: torch.device, n: int, k: int, kind: Kind, num_tokens: int) -> tuple[Algorithm, int, int, int, Kind] | None:
     """What a `Product` for so many tokens is made of; None where it is torch's."""
     measured = read_configs(PACKAGE, device_name(device)).get("blas")
     if not measured or version() != measured["version"]:
         return None
-    entries = measured["onto" if adds else "plain"].get(f"{n}x{k}", {})
+    entries = measured[kind].get(f"{n}x{k}", {})
     algorithm = tuned_algorithm(entries, num_tokens)
-    return None if algorithm is None else (algorithm, n, k, max(map(int, entries)), adds)
+    return None if algorithm is None else (algorithm, n, k, max(map(int, entries)), kind)
 
 
 @functools.cache
-def _product(algorithm: Algorithm, n: int, k: int, most_tokens: int, adds: bool, device: torch.device) -> Product | None:
+def _product(algorithm: Algorithm, n: int, k: int, most_tokens: int, kind: Kind, device: torch.device) -> Product | None:
     """On `device`, the current one; None where cuBLAS does not have it after all."""
     try:
-        return Product(algorithm, n, k, most_tokens, adds)
+        return Product(algorithm, n, k, most_tokens, kind)
     except ValueError as error:
         logger.warning("torch's product is taken for weights of %d x %d: %s", n, k, error)
         return None
@@ -248,13 +263,17 @@ def _handle(device_index: int) -> ctypes.c_void_p:
     return handle
 
 
-@functools.cache
-def _kind() -> ctypes.c_void_p:
+def _description() -> ctypes.c_void_p:
     """`weight` transposed by `x`, summed in float32: columns of cuBLAS are rows of torch."""
-    kind, transposed = ctypes.c_void_p(), ctypes.c_int32(TRANSPOSED)
-    _must(_cublas().cublasLtMatmulDescCreate(ctypes.byref(kind), COMPUTE_32F, REAL_32F))
-    _must(_cublas().cublasLtMatmulDescSetAttribute(kind, TRANSPOSE_A, ctypes.byref(transposed), ctypes.c_size_t(4)))
-    return kind
+    description = ctypes.c_void_p()
+    _must(_cublas().cublasLtMatmulDescCreate(ctypes.byref(description), COMPUTE_32F, REAL_32F))
+    _set(description, TRANSPOSE_A, ctypes.c_int32(TRANSPOSED))
+    return description
+
+
+def _set(description: ctypes.c_void_p, attribute: int, value: Any) -> None:
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    _must(_cublas().cublasLtMatmulDescSetAttribute(description, attribute, ctypes.byref(value), size))
 
 
 @functools.cache
