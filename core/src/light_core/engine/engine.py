@@ -22,7 +22,7 @@ from light_core.engine.assembly import create_runner, vocab_size
 from light_core.engine.device_start import start_device
 from light_core.engine.loading import bind_model, resolve_model
 from light_core.engine.memory import MemoryBudget, cpu_budget, pool_slots
-from light_core.engine.pace import pace_of
+from light_core.engine.pace import CPU_PACE, pace_of
 from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
 from light_core.engine.runner import Launched
 from light_core.engine.sampling import STATUS_TEXT
@@ -83,8 +83,9 @@ class Engine:
             num_slots = self._size_pool()
             for share in self.runner.capture():
                 self._progress("graphs", share)
-        # On CPUs no pace was faster than none.
-        pace = pace_of(self.runtime, self.runner.replays_prompts) if resolved.device.startswith("cuda") else None
+        pace = None if paced else CPU_PACE  # offline on CPUs no pace was faster than none
+        if resolved.device.startswith("cuda"):
+            pace = pace_of(self.runtime, self.runner.replays_prompts)
         self.scheduler = Scheduler(
             num_slots=num_slots,
             max_num_seqs=resolved.limits.max_num_seqs,
