@@ -62,17 +62,20 @@ class Admission:
         """
         rows = self._rows
         budget = self._capacity - (self._capacity // RESERVE if self._lengths.ready else 0)
-        active = np.flatnonzero(rows.active)
+        everyone = np.append(np.flatnonzero(rows.active), candidate)
+        growth = None
         if self._sum_growth is None:
-            self._sum_growth = int(self._growth(active).sum())
-        wanted = int(self._growth(np.array([candidate]))[0])
-        everyone = np.append(active, candidate)
+            growth = self._growth(everyone)
+            wanted = int(growth[-1])
+            self._sum_growth = int(growth.sum()) - wanted
+        else:
+            wanted = int(self._growth(everyone[-1:])[0])
         to_prefill = int(np.maximum(rows.target[everyone] - rows.computed[everyone], 0).sum())
         # With b sorted, i * b_i <= b_1 + … + b_i: all that is held plus all growth is a bound of the peak, and needs no
         # sorting. It decides alone unless memory is short.
         if num_used + to_prefill + self._sum_growth + wanted > budget:
             shared = 0 if self._tree is None else self._tree.shared_tokens
-            if shared + predict_peak(self._held(everyone), self._growth(everyone)) > budget:
+            if shared + predict_peak(self._held(everyone), self._growth(everyone) if growth is None else growth) > budget:
                 return False
         self._sum_growth += wanted
         return True
