@@ -36,8 +36,9 @@ class EngineConfig:
         skip_tokenizer_init: token ids in, token ids out; no tokenizer is loaded.
         max_model_len: prompt and output, in tokens; None takes the model's own limit.
         max_num_seqs: requests that run at the same time; None takes 512 on a GPU, 64 on a CPU.
-        max_num_batched_tokens: token budget of one step (decodes and prefill chunks together); None takes 8192 on a
-            GPU, 16384 offline on one of 64 GiB or more, 512 on a CPU.
+        max_num_batched_tokens: most tokens of one step (decodes and prefill chunks together); None takes 8192 on a
+            GPU, 16384 offline on one of 64 GiB or more, 512 on a CPU. A server's steps have fewer while requests decode, unless
+            a queue has formed (docs/decisions/0020).
         max_total_tokens: slots of the KV pool, in tokens; None measures what fits.
         gpu_memory_utilization: share of the GPU's memory that Light may use, 0 to 1.
         enable_prefix_caching: keep the KV of finished requests in the radix tree for later ones.

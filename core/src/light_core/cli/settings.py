@@ -42,7 +42,7 @@ ENGINE_HELP = {
     "load_format": '"dummy" fills random weights, to measure without a checkpoint.',
     "max_model_len": "Prompt and output of one request, in tokens; the model's own limit otherwise.",
     "max_num_seqs": "Requests that run at the same time; 512 on a GPU, 64 on a CPU otherwise.",
-    "max_num_batched_tokens": "Tokens of one step, decodes and prefill chunks together; 8192 on a GPU, 512 on a CPU otherwise.",
+    "max_num_batched_tokens": "Most tokens of one step, decodes and prefill chunks together; 8192 on a GPU, 512 on a CPU otherwise.",
     "max_total_tokens": "Size of the KV pool, in tokens; measured otherwise.",
     "gpu_memory_utilization": "Share of the GPU's memory that may be used.",
     "enable_prefix_caching": "Keep the KV of finished requests for later ones with the same beginning.",
