@@ -161,8 +161,9 @@ def test_samples_arrive_whole_when_a_write_is_interrupted(server: Server) -> Non
         process.stdin.write(msgspec.json.encode(unreachable) + b"\n" + repr(time.monotonic()).encode() + b"\n")
         process.stdin.close()
         assert process.stdout.readline() == b"ready\n"
-        readable = array.array("i", [0])
-        while readable[0] < 65_536:  # what a pipe holds
+        readable, room = array.array("i", [0]), fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ)
+        while readable[0] < room:
+            assert process.poll() is None, "what it writes fits into the pipe"
             time.sleep(0.01)
             fcntl.ioctl(process.stdout, termios.FIONREAD, readable)
         process.send_signal(signal.SIGSTOP)
