@@ -302,6 +302,7 @@ class Driver:
         assert stats.num_requests_running == rows.active.sum() and stats.num_requests_waiting == len(self.live) - rows.active.sum()
         waiting = set(self.live) - {scheduler._records[row].request.request_id for row in np.flatnonzero(rows.active)}
         assert scheduler._waiting.tokens == sum(self.live[request_id].limit for request_id in waiting)
+        assert scheduler._waiting.prompt_tokens == sum(len(self.live[request_id].request.prompt) for request_id in waiting)
         scheduler.pool.check()
         held = [rows.slots[row, rows.tree_len[row] : rows.computed[row]] for row in np.flatnonzero(rows.active)]
         if scheduler.tree is not None:
