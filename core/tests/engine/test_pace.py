@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from light_core.engine.pace import MOST, ROUND, pace_of, served_pace_of
+from light_core.engine.pace import MOST, ROUND, pace_of
 from light_core.types import KVGroup, KVLayout
 
 
@@ -52,4 +52,4 @@ def test_the_gpu_is_busy_while_the_host_launches(runtime: Any, pace: int) -> Non
     ids=["8b", "70b", "mixtral", "deepseek-v2-lite", "qwen3-30b-a3b", "none"],
 )
 def test_a_served_step_takes_longer_than_reading_all_experts(runtime: Any, pace: int) -> None:
-    assert served_pace_of(runtime, replayed=True) == pace
+    assert pace_of(runtime, replayed=True, served=True) == pace

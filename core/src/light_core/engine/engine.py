@@ -22,7 +22,7 @@ from light_core.engine.assembly import create_runner, vocab_size
 from light_core.engine.device_start import start_device
 from light_core.engine.loading import bind_model, resolve_model
 from light_core.engine.memory import MemoryBudget, cpu_budget, pool_slots
-from light_core.engine.pace import CPU_PACE, pace_of, served_pace_of
+from light_core.engine.pace import CPU_PACE, pace_of
 from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
 from light_core.engine.runner import Launched
 from light_core.engine.sampling import STATUS_TEXT
@@ -85,7 +85,7 @@ class Engine:
                 self._progress("graphs", share)
         pace = None if paced else CPU_PACE  # offline on CPUs no pace was faster than none
         if resolved.device.startswith("cuda"):
-            pace = (pace_of if paced else served_pace_of)(self.runtime, self.runner.replays_prompts)
+            pace = pace_of(self.runtime, self.runner.replays_prompts, served=not paced)
         self.scheduler = Scheduler(
             num_slots=num_slots,
             max_num_seqs=resolved.limits.max_num_seqs,

@@ -8,7 +8,7 @@ from math import ceil
 from light_core.engine.counting import count_step
 from light_core.plugins import ModelRuntime
 
-__all__ = ["CPU_PACE", "pace_of", "served_pace_of"]
+__all__ = ["CPU_PACE", "pace_of"]
 
 CPU_PACE = 128
 """Tokens of which a CPU makes as many a second as of 512: 4.7 ms each of a 1B shape in bfloat16 on two cores, 5.3 of 64."""
@@ -25,23 +25,18 @@ READINGS = 1.5
 """Of all weights, that a server's step with prompts takes as long as: with fewer, a prompt would take much longer in parts."""
 
 
-def pace_of(runtime: ModelRuntime, replayed: bool = False) -> int:
+def pace_of(runtime: ModelRuntime, replayed: bool = False, served: bool = False) -> int:
     """Tokens, a multiple of `ROUND` up to `MOST`.
 
     Args:
         runtime: the model.
         replayed: whether such a step is replayed in pieces.
+        served: whether a prompt that is cut takes more steps for it, and so reads the weights more often. That asks for more
+            where experts see few tokens each.
     """
     count = count_step(runtime, [ROUND], [ROUND], 1)
     round_s = (count.layers.num_flops + count.experts.num_flops) / FLOPS_PER_S
-    host_s = len(runtime.layers) * (REPLAYS_S if replayed else LAUNCHES_S)
-    return ROUND * ceil(host_s / max(round_s, host_s * ROUND / MOST))
-
-
-def served_pace_of(runtime: ModelRuntime, replayed: bool = False) -> int:
-    """As `pace_of`, where more steps read the weights more often. That is more than a pace of a model whose experts see few
-    tokens each."""
-    count = count_step(runtime, [ROUND], [ROUND], 1)
-    round_s = (count.layers.num_flops + count.experts.num_flops) / FLOPS_PER_S
-    reading_s = (count.layers.num_bytes + count.experts.num_bytes) / BYTES_PER_S
-    return max(pace_of(runtime, replayed), min(ROUND * ceil(READINGS * reading_s / round_s), MOST) if round_s else MOST)
+    busy_s = len(runtime.layers) * (REPLAYS_S if replayed else LAUNCHES_S)
+    if served:
+        busy_s = max(busy_s, READINGS * (count.layers.num_bytes + count.experts.num_bytes) / BYTES_PER_S)
+    return ROUND * ceil(busy_s / max(round_s, busy_s * ROUND / MOST))
