@@ -43,10 +43,44 @@ TILES: list[Tile] = [
     for block_n, registers in ((64, None), (64, 128), (128, None))
     for num_stages in (2, 3)
 ]
-"""64 keys take 130 registers without a bound, 128 take 198."""
+"""64 keys take 116 registers without a bound, 128 take 164."""
 LAYER = ((1280, 3840), (1280, 1280), (1280, 5120), (5120, 1280))
 """Inputs and outputs of the products of a layer of Qwen2-VL's encoder."""
 PATCHES, COUNTS = 5184, (1, 2, 3, 4, 6)
+
+
+@triton.jit
+def _attend_block(
+    acc_low: tl.tensor,
+    acc_high: tl.tensor,
+    total: tl.tensor,
+    highest: tl.tensor,
+    ql: tl.tensor,
+    qh: tl.tensor,
+    k_low: tl.tensor_descriptor,
+    k_high: tl.tensor_descriptor,
+    v_low: tl.tensor_descriptor,
+    v_high: tl.tensor_descriptor,
+    row: tl.tensor,
+    column: tl.tensor,
+    scale: tl.tensor,
+    count: tl.tensor,
+    MASKED: tl.constexpr,
+    LOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """Online softmax over the keys from `row` on: a block of them, or where it is MASKED its first `count`."""
+    scores = tl.dot(ql, k_low.load([row, column]).T)
+    scores = tl.dot(qh, k_high.load([row, column + LOW]).T, scores) * scale
+    if MASKED:  # what is behind are rows of the next picture, or zeros: finite either way, and times nothing
+        scores = tl.where((tl.arange(0, BLOCK_N) < count)[None, :], scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+    decay, weights = tl.exp2(highest - new_highest), tl.exp2(scores - new_highest[:, None])
+    low = v_low.load([row, column])
+    rounded = weights.to(low.dtype)
+    acc_low = tl.dot(rounded, low, acc_low * decay[:, None])
+    acc_high = tl.dot(rounded, v_high.load([row, column + LOW]), acc_high * decay[:, None])
+    return acc_low, acc_high, total * decay + tl.sum(weights, axis=1), new_highest
 
 
 @triton.jit
@@ -71,35 +105,39 @@ def _split_kernel(
     column = head * (LOW + HIGH)
     row = first + tl.program_id(0) * BLOCK_M
     ql, qh = q_low.load([row, column]), q_high.load([row, column + LOW])
-    acc_low, acc_high = tl.zeros([BLOCK_M, LOW], tl.float32), tl.zeros([BLOCK_M, HIGH], tl.float32)
+    low, high = tl.zeros([BLOCK_M, LOW], tl.float32), tl.zeros([BLOCK_M, HIGH], tl.float32)
     total, highest = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
-    log2_e: tl.constexpr = 1.4426950408889634
+    scale *= 1.4426950408889634  # of powers of two
     whole = length // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
-        scores = tl.dot(ql, k_low.load([first + start, column]).T)
-        scores = tl.dot(qh, k_high.load([first + start, column + LOW]).T, scores) * (scale * log2_e)
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        decay, weights = tl.exp2(highest - new_highest), tl.exp2(scores - new_highest[:, None])
-        total, highest = total * decay + tl.sum(weights, axis=1), new_highest
-        rounded = weights.to(out_ptr.dtype.element_ty)
-        acc_low = tl.dot(rounded, v_low.load([first + start, column]), acc_low * decay[:, None])
-        acc_high = tl.dot(rounded, v_high.load([first + start, column + LOW]), acc_high * decay[:, None])
+        low, high, total, highest = _attend_block(
+            low, high, total, highest, ql, qh, k_low, k_high, v_low, v_high, first + start, column, scale, 0, False, LOW, BLOCK_N
+        )
     if whole < length:
-        # Rows of the next picture, or zeros: finite either way, and times nothing.
-        scores = tl.dot(ql, k_low.load([first + whole, column]).T)
-        scores = tl.dot(qh, k_high.load([first + whole, column + LOW]).T, scores) * (scale * log2_e)
-        scores = tl.where((whole + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        decay, weights = tl.exp2(highest - new_highest), tl.exp2(scores - new_highest[:, None])
-        total = total * decay + tl.sum(weights, axis=1)
-        rounded = weights.to(out_ptr.dtype.element_ty)
-        acc_low = tl.dot(rounded, v_low.load([first + whole, column]), acc_low * decay[:, None])
-        acc_high = tl.dot(rounded, v_high.load([first + whole, column + LOW]), acc_high * decay[:, None])
+        low, high, total, highest = _attend_block(
+            low,
+            high,
+            total,
+            highest,
+            ql,
+            qh,
+            k_low,
+            k_high,
+            v_low,
+            v_high,
+            first + whole,
+            column,
+            scale,
+            length - whole,
+            True,
+            LOW,
+            BLOCK_N,
+        )
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = out_ptr + (first + m).to(tl.int64)[:, None] * (HEADS * (LOW + HIGH)) + column
     mask = (m < length)[:, None]
-    tl.store(rows + tl.arange(0, LOW)[None, :], (acc_low / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(rows + LOW + tl.arange(0, HIGH)[None, :], (acc_high / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(rows + tl.arange(0, LOW)[None, :], (low / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(rows + LOW + tl.arange(0, HIGH)[None, :], (high / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def split_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, tile: Tile) -> torch.Tensor:
