@@ -28,7 +28,7 @@ RATES = Ceilings(1e12, 1e15)
 
 def create_engine(folder: str, **options: Any) -> Engine:
     settings = {"device": "cpu", "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    return Engine(EngineConfig(model=folder, skip_tokenizer_init=True, **settings | options))
+    return Engine(EngineConfig(model=folder, skip_tokenizer_init=True, **settings | options), paced=True)
 
 
 def run(*arguments: str) -> str:
@@ -137,6 +137,16 @@ def test_accounts_add_up(llama: tuple[str, Any], tmp_path: Path) -> None:
     assert steps[1]["counted"]["layers"]["flops"] == 4 * steps[0]["counted"]["layers"]["flops"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     _check_printed(output)
+
+
+def test_long_prompts_fill_a_batch_that_decodes(llama: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The steps of a server would have a few tokens of the last prompts each, for longer than the first requests decode."""
+    monkeypatch.setattr("light_core.engine.engine.CPU_PACE", 8)
+    options = ("--max-num-batched-tokens", "64", "--device", "cpu", "--dtype", "float32", "--load-format", "dummy")
+    report = tmp_path / "step.json"
+    run("step", llama[0], *options, "--batch", "4", "--context", "200", "--prefill", "", "--steps", "2", "--json", str(report))
+    (step,) = json.loads(report.read_text())["steps"]
+    assert step["num_seqs"] == 4 and abs(step["context_len"] - 200) <= 3
 
 
 def _check_printed(output: str) -> None:

@@ -41,7 +41,6 @@ HOST_PHASES = ("planning", "preparing", "launching", "running", "waiting", "comm
 WARM_STEPS = 4
 SETTLING_STEPS = 2  # after the profiler, until the device is behind the host again
 SPARE_STEPS = 4
-HALVINGS = 4  # steps more than a budget is full of times: the last prompts run in ever smaller parts beside decodes
 
 
 class PhaseClock:
@@ -190,7 +189,7 @@ class StepMeter:
     """Measures steps of one engine, which nobody else uses meanwhile.
 
     Args:
-        engine: with a model, no requests.
+        engine: with a model, no requests; an offline one (`paced`), whose prompts take whole steps while others decode.
         ceilings: rates of its device.
         seed: of the random prompts.
     """
@@ -221,7 +220,7 @@ class StepMeter:
             cause = f"a step has up to {limits.max_num_batched_tokens} tokens, and prompts need some while the batch fills"
             raise ConfigError(f"a batch of {batch} cannot be filled", cause, f"give --max-num-batched-tokens {2 * batch} or more")
         # Requests decode while later ones still prefill: on average for half of the steps that this takes.
-        filling = -(-batch * context_len // (limits.max_num_batched_tokens - batch)) + HALVINGS
+        filling = -(-batch * context_len // (limits.max_num_batched_tokens - batch))
         prompt_len = max(1, context_len - WARM_STEPS - (num_steps + num_profiled + filling) // 2)
         output_len = filling + WARM_STEPS + num_steps + num_profiled + SETTLING_STEPS + SPARE_STEPS
         self._check_room(batch, prompt_len + output_len)

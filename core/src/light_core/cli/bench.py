@@ -152,7 +152,7 @@ def step(
     from light_core.engine.engine import Engine
 
     config = fit_config(engine_config(model, {**values, "skip_tokenizer_init": True}), batches, prefills)
-    engine = Engine(config)
+    engine = Engine(config, paced=True)
     device, dtype = torch.device(engine.resolved.device), engine.runtime.model.torch_dtype
     ceilings = measure_ceilings(device, dtype)
     print_ceilings(engine, ceilings)

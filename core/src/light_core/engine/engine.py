@@ -96,7 +96,9 @@ class Engine:
             pace=pace,
             paced=paced,
         )
-        self._pace = pace or resolved.limits.max_num_batched_tokens
+        most = resolved.limits.max_num_batched_tokens
+        # Of what is encoded beside decodes; offline nobody waits for a single token.
+        self._pace = most if pace is None or paced else min(pace, most)
         is_ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
         self._depth = 1 if is_ahead else 0
         self._launched: deque[Launched] = deque()
