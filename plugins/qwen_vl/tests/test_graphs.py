@@ -38,9 +38,11 @@ CONFIGS = {
 }
 
 
-def test_large_pictures_are_encoded_alone_and_small_ones_by_shape() -> None:
-    assert batches([(2, 3), (9, 9), (1, 4), (2, 3), (8, 8)], 64) == [[2, 0, 3], [1], [4]]
-    assert batches([(8, 8)], 64) == [[0]] and batches([(1, 1)], 64) == [[0]]
+def test_small_pictures_are_encoded_together_and_large_ones_with_their_equals() -> None:
+    assert batches([(2, 3), (9, 9), (1, 4), (2, 3), (8, 8)], 64, 128) == [[2, 0, 3], [4], [1]]
+    assert batches([(8, 8), (9, 9), (8, 8), (8, 8)], 64, 128) == [[0, 2], [3], [1]]
+    assert batches([(20, 20), (20, 20)], 64, 128) == [[0], [1]]
+    assert batches([(8, 8)], 64, 128) == [[0]] and batches([(1, 1)], 64, 128) == [[0]]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -52,8 +54,9 @@ def test_pictures_do_not_see_each_other(name: str, tmp_path: Path, monkeypatch: 
     items = [picture(encoder, seed, size) for seed, size in enumerate(((200, 130), (90, 310), (60, 60), (200, 130)))]
     with torch.inference_mode():
         expected = torch.cat([encoder.module([item]) for item in items])
-        for large in (10_000, 100, 1):
+        for large, together in ((10_000, 10_000), (100, 500), (1, 1)):
             monkeypatch.setattr("light_qwen_vl.model.LARGE", large)
+            monkeypatch.setattr("light_qwen_vl.model.TOGETHER", together)
             torch.testing.assert_close(encoder.module(items), expected, atol=1e-5, rtol=0)
 
 

@@ -16,6 +16,7 @@ HALVES = ("float16", "bfloat16")
 MAX_HEAD_DIM = 256
 MAX_DENSE_HEAD_DIM = 128
 MAX_LATENT_RANK = 512
+SPLIT_HEAD_DIMS = (80,)
 TRITON_OPS = (
     "rms_norm",
     "layer_norm",
@@ -52,8 +53,8 @@ COMPILED_OPS = ("rms_norm", "rotary", "rotary_kv", "gated_linear", "act_and_mul"
 
 @hookimpl
 def light_register_kernels(registry: KernelRegistry) -> None:
-    """Declares every op of `light_sdk.ops`; where `linear` has no kernel, its reference is torch's own product."""
-    for op in ("linear", "gated_linear", *TRITON_OPS):
+    """Declares every op of `light_sdk.ops`; where `linear` and `attend_runs` have no kernel, their reference is torch's own."""
+    for op in ("linear", "gated_linear", "attend_runs", *TRITON_OPS):
         registry.op(op, reference=f"light_sdk.ops.{op}.reference:{op}")
     for op in TRITON_OPS:
         accepts = {"attention": _accepts_attention, "mla_attention": _accepts_latents, "latent_attention": _accepts_latents}.get(op)
@@ -61,6 +62,8 @@ def light_register_kernels(registry: KernelRegistry) -> None:
             Kernel(op, "triton", f"light_sdk.ops.{op}.kernel:{op}", ("cuda",), min_capability=(8, 0), dtypes=FLOATS, accepts=accepts)
         )
     registry.kernel(Kernel("linear", "triton+torch", "light_sdk.ops.linear.kernel:linear", ("cuda",), (9, 0), HALVES))
+    runs = "light_sdk.ops.attend_runs.kernel:attend_runs"
+    registry.kernel(Kernel("attend_runs", "triton+torch", runs, ("cuda",), (9, 0), HALVES, accepts=_accepts_split_heads))
     gated = "light_sdk.ops.gated_linear.kernel"
     registry.kernel(Kernel("gated_linear", "torch+triton", f"{gated}:composed", ("cuda",), (8, 0), FLOATS))
     registry.kernel(Kernel("gated_linear", "triton", f"{gated}:gated_linear", ("cuda",), (9, 0), HALVES, priority=10))
@@ -118,6 +121,12 @@ def _accepts_dense(facts: Mapping[str, Any]) -> str | None:
     if facts.get("head_dim", 1) % 8 or facts.get("head_dim", 1) > MAX_DENSE_HEAD_DIM:
         return f"takes head_dim in eights up to {MAX_DENSE_HEAD_DIM}, not {facts.get('head_dim')}"
     return _accepts_attention(facts)
+
+
+def _accepts_split_heads(facts: Mapping[str, Any]) -> str | None:
+    """None if heads are wide as cuDNN has no tile for, else why not."""
+    head_dim = facts.get("head_dim")
+    return None if head_dim in SPLIT_HEAD_DIMS else f"takes heads of {', '.join(map(str, SPLIT_HEAD_DIMS))}, not {head_dim}"
 
 
 def _accepts_attention(facts: Mapping[str, Any]) -> str | None:

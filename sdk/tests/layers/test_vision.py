@@ -9,7 +9,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from light_core.ops import KernelRegistry, Machine, OpTable
 from light_core.types import Family, Hidden, Limits, ModelContext
 from light_sdk import hooks
-from light_sdk.layers import PatchEmbedding, VisionLayer, attend_runs
+from light_sdk.layers import PatchEmbedding, VisionLayer
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -52,15 +52,3 @@ def test_layer_is_clips_and_pictures_do_not_mix(model: ModelContext, activation:
         residual = torch.randn(35, 24, generator=GENERATOR)
         split = layer(Hidden(x.flatten(0, 1) - residual, residual.clone()), 7).value().view(5, 7, 24)
     torch.testing.assert_close(split, expected, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("runs", [((1, 11),), ((2, 3), (1, 5)), ((1, 1), (5, 2)), ((11, 1),)])
-def test_runs_attend_within_their_sequences(runs: tuple[tuple[int, int], ...]) -> None:
-    """Against one matrix of scores with everything else masked; q, k and v are views of one tensor."""
-    q, k, v = torch.randn(11, 3, 2, 8, generator=GENERATOR).unbind(1)
-    owner = torch.repeat_interleave(torch.tensor([length for count, length in runs for _ in range(count)]))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) / 8**0.5
-    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(owner[:, None] != owner, -torch.inf).softmax(-1), v.double())
-    found = attend_runs(q, k, v, runs)
-    assert found.is_contiguous()
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)

@@ -17,6 +17,7 @@ from light_sdk.ops.attention.tuning import DecodeConfig, PrefillConfig
 OPS = (
     "act_and_mul",
     "activation",
+    "attend_runs",
     "attention",
     "fused_experts",
     "fused_experts_fp8_block",
@@ -68,13 +69,19 @@ def test_package_names_its_op(op) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_selection(op, registry) -> None:
-    facts = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "alibi": False, "window": None} if op == "attention" else {}
+    of_op: dict[str, dict[str, object]] = {
+        "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "alibi": False, "window": None},
+        "attend_runs": {"head_dim": 80},
+    }
+    facts = of_op.get(op, {})
     chosen = {machine: OpTable(registry, machine, "bfloat16") for machine in (HOPPER, TURING, CPU)}
     names = {}
     for machine, table in chosen.items():
         table.select(op, **facts)
         names[machine] = table.choices[0].kernel
-    with_libraries = {"linear": "triton+torch"} | dict.fromkeys(("attention", "mla_attention", "latent_attention"), "triton+cudnn")
+    with_libraries = dict.fromkeys(("linear", "attend_runs"), "triton+torch") | dict.fromkeys(
+        ("attention", "mla_attention", "latent_attention"), "triton+cudnn"
+    )
     assert names[HOPPER] == with_libraries.get(op, "triton")
     assert names[TURING] == "reference"
     assert names[CPU] == on_cpu(op)
@@ -102,6 +109,13 @@ def test_attention_refuses_what_its_kernel_cannot_do(facts, reason, registry) ->
     table.select("attention", **facts)
     (choice,) = table.choices
     assert choice.kernel == "reference" and reason in choice.reason
+
+
+def test_cudnn_has_tiles_for_most_heads_of_encoders(registry) -> None:
+    table = OpTable(registry, HOPPER, "bfloat16")
+    table.select("attend_runs", head_dim=64)
+    (choice,) = table.choices
+    assert choice.kernel == "reference" and "takes heads of 80, not 64" in choice.reason
 
 
 @pytest.mark.parametrize("op", ["mla_attention", "latent_attention"])

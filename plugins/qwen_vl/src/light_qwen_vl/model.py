@@ -31,7 +31,6 @@ from light_sdk.layers import (
     RMSNorm,
     RopeParameters,
     RotaryEmbedding,
-    attend_runs,
     share_rotation,
 )
 
@@ -42,19 +41,23 @@ GRAPH_SIDE = 37
 """Units along the side of the largest picture that is captured: 1,036 pixels, 5,476 patches of Qwen2-VL. Beyond that a
 picture keeps the GPU busy for longer than it takes to launch."""
 
-LARGE = 4096
-"""Patches of a picture that keeps the GPU busy alone. It is encoded by itself, as its shape comes back more often than that of
-the pictures that happen to come with it."""
+LARGE, TOGETHER = 4096, 16384
+"""Patches of a picture that keeps the GPU busy alone, and of several that are encoded together: as many as the largest picture has.
+Large ones of one shape fill the last round of a kernel's programs better; those of several shapes would gain nothing by it."""
 
 Grid = tuple[int, int]
 
 
-def batches(grids: Sequence[Grid], large: int) -> list[list[int]]:
-    """Pictures that are encoded together, by index: all that have less than `large` units, those of one shape side by side;
-    each other one alone."""
-    small = sorted((index for index, (rows, columns) in enumerate(grids) if rows * columns < large), key=lambda index: grids[index])
-    alone = [[index] for index in range(len(grids)) if index not in small]
-    return [small, *alone] if small else alone
+def batches(grids: Sequence[Grid], large: int, together: int) -> list[list[int]]:
+    """Pictures that are encoded together, by index: all that have less than `large` units, those of one shape side by side; of
+    the others those of one shape, in parts of `together` units at most, or one alone."""
+    order = sorted(range(len(grids)), key=lambda index: grids[index])
+    small = [index for index in order if math.prod(grids[index]) < large]
+    found = [small] if small else []
+    for shape, equal in groupby((index for index in order if math.prod(grids[index]) >= large), key=lambda index: grids[index]):
+        indices, count = list(equal), max(1, together // math.prod(shape))
+        found += [indices[begin : begin + count] for begin in range(0, len(indices), count)]
+    return found
 
 
 class Attention(nn.Module):
@@ -65,13 +68,14 @@ class Attention(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.qkv = MergedLinear(model, hidden_size, (hidden_size,) * 3, bias=True)
         self.out = Linear(model, hidden_size, hidden_size, bias=True)
+        self._attend = model.ops.select("attend_runs", head_dim=self.head_dim)
         self._rotary = model.ops.select("rotary", head_dim=self.head_dim, rotary_dim=self.head_dim, interleaved=False)
 
     def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
         """`[T, E]` to a new `[T, E]`."""
         q_THD, k_THD, v_THD = (part.view(len(x), -1, self.head_dim) for part in self.qkv.split(x))
         self._rotary(q_THD, k_THD, cos_sin, False)
-        out: torch.Tensor = self.out(attend_runs(q_THD, k_THD, v_THD, runs).flatten(1))
+        out: torch.Tensor = self.out(self._attend(q_THD, k_THD, v_THD, runs).flatten(1))
         return out
 
 
@@ -114,7 +118,8 @@ class ImageEncoder(nn.Module):
     def forward(self, items: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """`[tokens of all items, E]`, in their order."""
         found: dict[int, torch.Tensor] = {}
-        for batch in batches([grid(item) for item in items], LARGE // self.shape.rules.merge_size**2):
+        unit = self.shape.rules.merge_size**2
+        for batch in batches([grid(item) for item in items], LARGE // unit, TOGETHER // unit):
             embeddings = self.together([items[index] for index in batch])
             pieces = torch.split(embeddings, [num_tokens(items[index]) for index in batch])
             found |= zip(batch, pieces, strict=True)

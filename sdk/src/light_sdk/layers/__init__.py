@@ -34,7 +34,7 @@ from light_sdk.layers.norm import LayerNorm, RMSNorm
 from light_sdk.layers.residual import onto
 from light_sdk.layers.rope import ROPE_TYPES, RopeParameters
 from light_sdk.layers.rotary import Rotary, RotaryEmbedding, share_rotation
-from light_sdk.layers.vision import PatchEmbedding, VisionAttention, VisionLayer, attend_runs
+from light_sdk.layers.vision import PatchEmbedding, VisionAttention, VisionLayer
 from light_sdk.layers.wanted import wanted_rows
 
 __all__ = [
@@ -65,7 +65,6 @@ __all__ = [
     "VisionAttention",
     "VisionLayer",
     "alibi_slopes",
-    "attend_runs",
     "create_experts",
     "create_gated_mlp",
     "create_linear",

@@ -4,10 +4,7 @@ Pictures of one shape are batched: N of them with L tokens each are T = N * L ro
 and products are those of text layers. Encoders run outside of CUDA graphs and before a step; they use no KV.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from light_core.types import Hidden, ModelContext
@@ -15,26 +12,7 @@ from light_sdk.layers.linear import Linear, MergedLinear
 from light_sdk.layers.mlp import MLP
 from light_sdk.layers.norm import LayerNorm, parameter
 
-__all__ = ["PatchEmbedding", "VisionAttention", "VisionLayer", "attend_runs"]
-
-
-def attend_runs(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Attention of every token over all tokens of its sequence, and no others; scores are scaled by D ** -0.5.
-
-    Args:
-        q_THD, k_THD, v_THD: `[T, H, D]`, strided but for the last dimension.
-        runs: (count, length) of sequences of one length that follow one another; together they are the T tokens.
-
-    Returns:
-        `[T, H, D]`, contiguous. One call of torch's attention for each run.
-    """
-    parts, begin = [], 0
-    for count, length in runs:
-        own = slice(begin, begin + count * length)
-        q, k, v = (tensor[own].unflatten(0, (count, length)).transpose(1, 2) for tensor in (q_THD, k_THD, v_THD))  # type: ignore[no-untyped-call]
-        parts.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-        begin += count * length
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+__all__ = ["PatchEmbedding", "VisionAttention", "VisionLayer"]
 
 
 class PatchEmbedding(nn.Module):
@@ -78,11 +56,12 @@ class VisionAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = MergedLinear(model, hidden_size, (hidden_size,) * 3, bias=True)
         self.out = Linear(model, hidden_size, hidden_size, bias=True)
+        self._attend = model.ops.select("attend_runs", head_dim=hidden_size // num_heads)
 
     def forward(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """`[T, E]`, of pictures with `num_tokens` each, to a new `[T, E]`."""
         q, k, v = (part.unflatten(1, (self.num_heads, -1)) for part in self.qkv.split(x))  # type: ignore[no-untyped-call]
-        out: torch.Tensor = self.out(attend_runs(q, k, v, ((len(x) // num_tokens, num_tokens),)).flatten(1))
+        out: torch.Tensor = self.out(self._attend(q, k, v, ((len(x) // num_tokens, num_tokens),)).flatten(1))
         return out
 
 

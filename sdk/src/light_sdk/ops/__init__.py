@@ -7,6 +7,7 @@
     mla_attention  causal attention over latents            write_latent latent and rotary key of a step into the pool
     rotary_kv    rotary, then write_kv, in one kernel        gated_linear linear, then act_and_mul, in one kernel
     route_experts  which experts a token goes to, top-k      fused_experts  products of sparse feed-forward blocks
+    attend_runs  attention within sequences, no mask, no KV
     route_tokens   the router's product, then route_experts  latent_attention  write_latent, then mla_attention
 
 What several share: `tuning.py` (launch parameters by GPU), `dependent.py` (kernels that start early), `counters.py`,
