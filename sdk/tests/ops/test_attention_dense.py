@@ -34,8 +34,15 @@ def test_cut_and_merged_is_whole(seq_len, query_len, heads, is_new_dense, device
     reference.attention(expected, *batch.arguments[1:], 0.3)
     slots = step.slot_table[int(step.rows[0]), :seq_len].long()
     new = (batch.k_cache[step.slots], batch.v_cache[step.slots]) if is_new_dense else ()
-    dense_attention(batch.out, batch.q, batch.k_cache, batch.v_cache, slots, 0.3, *new, attend=plain_attention)
+    shapes = []
+
+    def attend(q, k, v, *more):
+        shapes.append((q.shape[1], k.shape[1]))
+        return plain_attention(q, k, v, *more)
+
+    dense_attention(batch.out, batch.q, batch.k_cache, batch.v_cache, slots, 0.3, *new, attend=attend)
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
+    assert all(rows % 32 == keys % 32 == 0 for rows, keys in shapes), "cuDNN would plan for lengths that never come back"
 
 
 @pytest.mark.parametrize("num_prompts", [1, 3])

@@ -7,7 +7,8 @@ therefore cut at a multiple of `BUCKET` keys, and the parts are merged by their 
     keys     0 ………………… base | base … prefix | prefix … seq_len
     queries  no mask, in pieces of `PIECE` keys | causal, with (prefix - base) idle rows before the queries
 
-Lengths are rounded up to `BUCKET`, because cuDNN plans once for each shape. Where nothing is to be rounded the causal
+Lengths, of queries too, are rounded up to `BUCKET`, because cuDNN plans once for each shape: paces leave prompts chunks of any
+length, which would each wait for a plan of their own. Where nothing is to be rounded the causal
 part reads queries, keys and values of the step where they lie, for several prompts of one length at once; else they are
 copied together. Workspace is bounded by `PIECE` and the chunk. Source of the merge: Dao 2023, "FlashAttention-2",
 arXiv 2307.08691, section 3.1.
@@ -117,21 +118,22 @@ def dense_attention(
     query_len, seq_len = q_THD.shape[0], slots.shape[0]
     base = (seq_len - query_len) // BUCKET * BUCKET
     lead = seq_len - query_len - base
-    num_rows = -(-(lead + query_len) // BUCKET) * BUCKET
+    num_rows, num_alone = (-(-count // BUCKET) * BUCKET for count in (lead + query_len, query_len))
     if k_TKD is not None and v_TKD is not None and num_rows == query_len:
         q, keys, values = q_THD, k_TKD, v_TKD
     else:
-        q = q_THD.new_zeros((num_rows, *q_THD.shape[1:]))
+        q = q_THD.new_zeros((max(num_rows, lead + num_alone), *q_THD.shape[1:]))
         q[lead : lead + query_len] = q_THD
         keys, values = _gather(k_cache_SKD, slots[base:], num_rows), _gather(v_cache_SKD, slots[base:], num_rows)
-    part, lse = (tensor[0, lead : lead + query_len] for tensor in attend(q[None], keys[None], values[None], scale, True))
+    parts = attend(q[None, :num_rows], keys[None], values[None], scale, True)
+    part, lse = (tensor[0, lead : lead + query_len] for tensor in parts)
     if not base:
         out_THD.copy_(part)
     for begin in range(0, base, PIECE):
         piece = slots[begin : min(begin + PIECE, base)]
         keys, values = _gather(k_cache_SKD, piece, len(piece)), _gather(v_cache_SKD, piece, len(piece))
-        own_q = q[lead : lead + query_len]
-        other, other_lse = (tensor[0] for tensor in attend(own_q[None], keys[None], values[None], scale, False))
+        parts = attend(q[None, lead : lead + num_alone], keys[None], values[None], scale, False)
+        other, other_lse = (tensor[0, :query_len] for tensor in parts)
         is_last = begin + PIECE >= base
         total = out_THD if is_last else torch.empty_like(part, dtype=torch.float32)
         part, lse = total, merge(total, part, lse, other, other_lse)
