@@ -1,34 +1,26 @@
 """What `sdk/benchmarks` take for right: rows of attention are held against their own size, whatever that of others is."""
 
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from light_sdk.ops.mla_attention.tuning import DecodeConfig, PrefillConfig
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def benchmarks(monkeypatch):
+def benchmarks(import_benchmark, monkeypatch):
     """The modules `ops` and `mla`, on the CPU, with latents of a small model."""
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    ops, mla = importlib.import_module("ops"), importlib.import_module("mla")
+    ops, mla = import_benchmark("ops"), import_benchmark("mla")
     for module in (ops, mla):
         monkeypatch.setattr(module, "DEVICE", "cpu")
         monkeypatch.setattr(module, "DTYPE", torch.float16)
     for name, value in (("RANK", 32), ("KEY_DIM", 16), ("ROTARY", 16), ("VALUE_DIM", 16)):
         monkeypatch.setattr(mla, name, value)
     torch.manual_seed(0)
-    yield ops, mla
-    for name in ("mla", "ops"):
-        del sys.modules[name]
+    return ops, mla
 
 
 def prompt(num_tokens: int) -> torch.Tensor:
@@ -120,3 +112,9 @@ def test_the_best_candidate_is_right_at_every_size(benchmarks, monkeypatch, caps
     assert capsys.readouterr().out.count("wrong or not possible") == 1
     monkeypatch.setattr(trials[0], "run", lambda config: run(bad))
     assert mla.try_candidates("any", (bad, good), iter(trials)) is None
+
+
+def test_attention_of_encoders_is_compared_where_there_is_a_kernel(import_benchmark) -> None:
+    vision = import_benchmark("vision")
+    names = {size: [name for name, _ in vision.attention_kernels(size, 100)] for size in (64, 72, 80, 96)}
+    assert names[64] == names[72] == ["cudnn", "flash"] and names[80] == names[96] == ["cudnn", "flash", "attend_runs"]

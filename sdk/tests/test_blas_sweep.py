@@ -1,24 +1,17 @@
 """`sdk/benchmarks/blas.py`: what is written of what was measured."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from light_sdk.ops.linear.blas import Algorithm
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 ONE, OTHER = Algorithm(1, 5), Algorithm(2, 3, custom=4, split_k=2)
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("blas")
-    for name in ("blas", "linear", "ops"):
-        del sys.modules[name]
+def benchmark(import_benchmark):
+    return import_benchmark("blas")
 
 
 @pytest.mark.parametrize(

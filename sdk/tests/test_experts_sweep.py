@@ -1,12 +1,9 @@
 """`sdk/benchmarks/experts_sweep.py` on a tiny layer: what is tried, what is refused, and what is written."""
 
-import importlib
 import json
 import pickle
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +11,15 @@ import torch
 from light_sdk.ops.fused_experts.tuning import AVERAGES, RowConfig, TileConfig, parse_config, parse_token_config
 from light_sdk.ops.route_experts.reference import Routing
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 TILE = (16, 64, 4, 2)
 
 
 @pytest.fixture
-def sweep(monkeypatch):
+def sweep(import_benchmark, monkeypatch):
     """The module, on the CPU, with tiles for a tiny layer."""
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    module, ops = importlib.import_module("experts_sweep"), importlib.import_module("ops")
+    module, ops = import_benchmark("experts_sweep"), import_benchmark("ops")
     monkeypatch.setattr(ops, "DEVICE", "cpu")
     monkeypatch.setattr(ops, "DTYPE", torch.float16)
     monkeypatch.setattr(module, "TOKEN_ROWS", [RowConfig(16, 32, 2), RowConfig(8, 32, 2)])
@@ -33,9 +28,7 @@ def sweep(monkeypatch):
         monkeypatch.setattr(module, table, {16: (TILE, (32, 64, 4, 2))})
     monkeypatch.setattr(module, "blocks_m", lambda average: (16,))
     monkeypatch.setattr(module, "ROUTINGS", 2)
-    yield module
-    for name in ("experts_sweep", "ops"):
-        del sys.modules[name]
+    return module
 
 
 def test_sweep(sweep, tmp_path, capsys) -> None:
@@ -106,10 +99,9 @@ def test_nothing_is_begun_without_budget(sweep, tmp_path, capsys) -> None:
     assert capsys.readouterr().err.count("the budget is spent") == 2
 
 
-def test_candidates_of_published_models(monkeypatch) -> None:
+def test_candidates_of_published_models(import_benchmark) -> None:
     """Every size can be launched, descriptors come with large steps alone, and groups have both products."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    module = importlib.import_module("experts_sweep")
+    module = import_benchmark("experts_sweep")
     for routing, size_e, size_i in ((Routing(8, 2), 4096, 14336), (Routing(64, 6), 2048, 1408), (Routing(128, 8), 2048, 768)):
         model = module.Model(routing, size_e, size_i)
         for num_tokens in (1, 2, 8, 64, 256, 2048, 8192):
@@ -124,5 +116,3 @@ def test_candidates_of_published_models(monkeypatch) -> None:
         assert sum(len(work) for _, work in tasks) == sum(len(list(module.candidates(model, t))) for t in (64, 8192))
     assert module.blocks_m(1) == (16,) and module.blocks_m(10**6) == (128,)
     assert set(module.between({"8": 1, "more": 2})) == {*map(str, AVERAGES), "more"}
-    for name in ("experts_sweep", "ops"):
-        del sys.modules[name]

@@ -1,9 +1,6 @@
 """`sdk/benchmarks/linear.py --sweep`: what is tried, what is refused, and what is written."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +8,12 @@ import torch
 from light_sdk.ops.linear.small import SHARED_BYTES, RowConfig, TileConfig
 from light_sdk.ops.linear.tuning import BLAS
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALL, LARGE = TileConfig(64, 64, 4), TileConfig(128, 64, 4)
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("linear")
-    for name in ("linear", "ops"):
-        del sys.modules[name]
+def benchmark(import_benchmark):
+    return import_benchmark("linear")
 
 
 def test_a_shape_has_parameters_of_its_own_where_it_gains(benchmark) -> None:
@@ -56,11 +49,11 @@ def test_candidates_fit(benchmark, tokens, products) -> None:
         assert 3 <= stages <= 8 and (config.ahead <= stages or config.ahead == 2)
 
 
-def test_sweep(benchmark, monkeypatch, tmp_path, capsys) -> None:
+def test_sweep(benchmark, import_benchmark, monkeypatch, tmp_path, capsys) -> None:
     """On the CPU, with a clock by which each candidate takes longer than the one before."""
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
-    ops = importlib.import_module("ops")
+    ops = import_benchmark("ops")
     monkeypatch.setattr(ops, "DEVICE", "cpu")
     monkeypatch.setattr(ops, "DTYPE", torch.float16)
     monkeypatch.setattr(benchmark, "MODELS", {"tiny": {"qkv": (160, 128), "gate_up": (144, 128)}})
