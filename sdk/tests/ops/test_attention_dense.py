@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from light_sdk.ops.attention import dense, reference
-from light_sdk.ops.attention.dense import dense_attention, is_worthwhile, prompts_attention
+from light_sdk.ops.attention.dense import Plans, dense_attention, is_worthwhile, prompts_attention
+
+
+@pytest.fixture(autouse=True)
+def plans_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(dense, "PLAN_PAIRS", 0)
 
 
 def plain_attention(q_BTHD, k_BNKD, v_BNKD, scale, causal):
@@ -63,12 +68,27 @@ def test_lengths_worth_it() -> None:
     assert not is_worthwhile(1024, 1024) and not is_worthwhile(1, 131072) and not is_worthwhile(256, 1024)
 
 
+def test_shapes_that_come_back_pay_for_a_plan(monkeypatch) -> None:
+    """Lengths that are rounded alike are one shape; with more keys before it, or more prompts side by side, it is another one."""
+    monkeypatch.setattr(dense, "PLAN_PAIRS", 10_000_000)
+    plans = Plans()
+    chunks = [(1, 900, 3000), (1, 940, 3040), (1, 970, 3060)]
+    assert [plans.pays(*chunk) for chunk in [*chunks, *chunks]] == [False] * 4 + [True] * 2, "2.3 to 2.5 million pairs each"
+    assert not plans.pays(1, 974, 3600) and not plans.pays(1, 1030, 3060) and not plans.pays(2, 2048, 2048)
+    assert not plans.pays(1, 3500, 3500) and plans.pays(1, 3584, 3584), "two prompts of one shape"
+    assert Plans().pays(1, 8192, 40000), "one that is worth it by itself"
+
+
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("is_new_dense", [False, True])
-def test_steps(is_new_dense, make_batch, tolerances, monkeypatch) -> None:
-    """The op with plain torch in the place of cuDNN: prompts together, chunks after prefixes, short ones between and behind them."""
+@pytest.mark.parametrize("case", ["planned", "rehearsed", "seen once"])
+def test_steps(case, is_new_dense, make_batch, tolerances, monkeypatch) -> None:
+    """The op with plain torch in the place of cuDNN: prompts together, chunks after prefixes, short ones between and behind them;
+    all by Triton at first, except in a rehearsal."""
     from light_sdk.ops.attention import hopper
 
+    monkeypatch.setattr(dense, "PLAN_PAIRS", 0 if case == "planned" else 1 << 40)
+    monkeypatch.setattr(hopper, "is_fake", lambda tensor: case == "rehearsed")
     for module, name, value in ((dense, "BUCKET", 8), (hopper, "BUCKET", 8), (dense, "LEAST_QUERIES", 8), (dense, "LEAST_PAIRS", 100)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
@@ -90,7 +110,7 @@ def test_steps(is_new_dense, make_batch, tolerances, monkeypatch) -> None:
     hopper.attention(*batch.arguments, 0.3, None, None, *new)
     torch.testing.assert_close(batch.out, expected, **tolerances(torch.float32))
     together = ["prompts"] if is_new_dense else ["dense"] * 2
-    assert calls == ["prefill", *together, "dense", "prefill", "dense", "prefill"]
+    assert calls == (["prefill"] if case == "seen once" else ["prefill", *together, "dense", "prefill", "dense", "prefill"])
 
 
 def test_few_tokens_after_long_prefixes(make_batch, tolerances, watch_few) -> None:

@@ -45,6 +45,22 @@ def test_prompts_that_cannot_be_together() -> None:
     assert [run.kind for run in plan_runs([(16, 16)] * 2 + [(8, 8)] * 4, 0, is_long, None)] == ["chunk", "chunk", "short"]
 
 
+def test_long_chunks_that_do_not_pay_are_short() -> None:
+    asked = []
+
+    def pays(count, query_len, seq_len):
+        asked.append((count, query_len, seq_len))
+        return query_len == 18
+
+    lens = [(16, 16), (16, 16), (18, 40), (3, 3)]
+    assert plan_runs(lens, 0, is_long, BUCKET, pays=pays) == [
+        Run("short", 0, 2, 0, 32),
+        Run("chunk", 2, 3, 32, 50, 40),
+        Run("short", 3, 4, 50, 53),
+    ]
+    assert asked == [(2, 16, 16), (1, 16, 16), (1, 18, 40)], "together, then by themselves; not what is short anyway"
+
+
 @pytest.mark.parametrize("bucket", [BUCKET, None])
 def test_every_chunk_is_in_one_run(bucket) -> None:
     chance = random.Random(1)

@@ -52,19 +52,27 @@ def find_few(lens: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
     return {(query_len, seq_len) for query_len, seq_len in short if seq_len - query_len >= least and len(short) <= MOST_FEW}
 
 
-def runs_of(step: Step, op: str, is_worthwhile: Callable[[int, int], bool], bucket: int | None, may_share: bool = False) -> list[Run]:
+def runs_of(
+    step: Step,
+    op: str,
+    is_worthwhile: Callable[[int, int], bool],
+    bucket: int | None,
+    may_share: bool = False,
+    pays: Callable[[int, int, int], bool] | None = None,
+) -> list[Run]:
     """`plan_runs` for the step's chunks, made by the first layer that asks for `op`; one short run where there is no cuDNN or
     `step.prefill_lens` does not tell lengths, none in a step of decodes alone.
 
     Args:
         may_share: whether `op` has kernels for decodes that share a prefix of these heads.
+        pays: as `plan_runs` has it; it is asked once in a step.
     """
     if step.num_seqs == step.num_decodes:
         return []
     key = f"light_sdk.{op}.runs {bucket} {may_share}"
     if key not in step.shared:
         if step.prefill_lens and torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
-            step.shared[key] = plan_runs(step.prefill_lens, step.num_decodes, is_worthwhile, bucket, may_share)
+            step.shared[key] = plan_runs(step.prefill_lens, step.num_decodes, is_worthwhile, bucket, may_share, pays)
         else:
             step.shared[key] = [Run("short", step.num_decodes, step.num_seqs, step.num_decodes, step.num_tokens)]
     runs: list[Run] = step.shared[key]
@@ -77,6 +85,7 @@ def plan_runs(
     is_worthwhile: Callable[[int, int], bool],
     bucket: int | None,
     may_share: bool = False,
+    pays: Callable[[int, int, int], bool] | None = None,
 ) -> list[Run]:
     """Runs of chunks, in their order; short ones behind each other are one.
 
@@ -87,17 +96,23 @@ def plan_runs(
         bucket: whole prompts of one length behind each other, a multiple of so many tokens, are one run; None where they
             cannot be.
         may_share: whether chunks of few tokens after a long prefix are runs of their own.
+        pays: number, length and end of equal chunks that would be long to whether they are; None where all of them are.
     """
+
+    def are_long(count: int, query_len: int, seq_len: int) -> bool:
+        # Several together fill the GPU as one that is as long as they are.
+        end = seq_len if count == 1 else (count + 1) * query_len // 2
+        return is_worthwhile(query_len, end) and (pays is None or pays(count, query_len, seq_len))
+
     runs: list[Run] = []
     few = find_few(lens) if may_share else set()
     first = begin = num_decodes
     for (query_len, seq_len), group in groupby(lens):
         count = len(list(group))
         are_whole = bucket is not None and query_len == seq_len and query_len % bucket == 0
-        # Several together fill the GPU as one that is as long as they are.
-        if are_whole and is_worthwhile(query_len, (count + 1) * query_len // 2):
+        if are_whole and are_long(count, query_len, seq_len):
             added = [Run("prompts", first, first + count, begin, begin + count * query_len)]
-        elif (query_len, seq_len) in few or is_worthwhile(query_len, seq_len):
+        elif (query_len, seq_len) in few or are_long(1, query_len, seq_len):
             kind: Literal["few", "chunk"] = "few" if (query_len, seq_len) in few else "chunk"
             starts = [(first + n, begin + n * query_len) for n in range(count)]
             added = [Run(kind, request, request + 1, token, token + query_len, seq_len) for request, token in starts]

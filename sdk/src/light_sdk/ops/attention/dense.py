@@ -10,11 +10,13 @@ therefore cut at a multiple of `BUCKET` keys, and the parts are merged by their 
 Lengths, of queries too, are rounded up to `BUCKET`, because cuDNN plans once for each shape: paces leave prompts chunks of any
 length, which would each wait for a plan of their own. Where nothing is to be rounded the causal
 part reads queries, keys and values of the step where they lie, for several prompts of one length at once; else they are
-copied together. Workspace is bounded by `PIECE` and the chunk. Source of the merge: Dao 2023, "FlashAttention-2",
+copied together. Even so a plan takes as long as a step and everybody waits for it, so that a shape has none until it has come often
+enough (`Plans`). Workspace is bounded by `PIECE` and the chunk. Source of the merge: Dao 2023, "FlashAttention-2",
 arXiv 2307.08691, section 3.1.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -24,7 +26,18 @@ from light_core.types import Step
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.tuning import next_power_of_2
 
-__all__ = ["BUCKET", "Attend", "cudnn_attention", "dense_attention", "is_worthwhile", "merge", "prompts_attention", "request_slots"]
+__all__ = [
+    "BUCKET",
+    "PLANS",
+    "Attend",
+    "Plans",
+    "cudnn_attention",
+    "dense_attention",
+    "is_worthwhile",
+    "merge",
+    "prompts_attention",
+    "request_slots",
+]
 
 BUCKET = 512
 PIECE = 16384
@@ -32,12 +45,53 @@ LEAST_QUERIES = 256
 LEAST_PAIRS = 2048 * 1024
 """Queries times mean keys from which gathering and padding are worth it: a prompt of 2,048, or 256 after 8,192."""
 
+PLAN_PAIRS = 32 << 20
+"""Of a query and a key, that a shape has had before cuDNN plans for it: a plan takes the host 20 to 40 ms (pytorch/pytorch#191576
+says 42), in which cuDNN is ahead of Triton by so many pairs in 32 layers of 32 heads of 128."""
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
 def is_worthwhile(query_len: int, seq_len: int) -> bool:
     """Whether a chunk of `query_len` tokens that ends at `seq_len` is long enough."""
     return query_len >= LEAST_QUERIES and query_len * (seq_len - query_len // 2) >= LEAST_PAIRS
+
+
+class Plans:
+    """Which shapes of attention cuDNN has planned for, or is to.
+
+    What comes once waits for no plan, and what comes back pays twice for one at most: with the time that Triton took for it
+    before, and with the plan.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: Counter[tuple[int, int, int, bool]] = Counter()
+
+    def pays(self, count: int, query_len: int, seq_len: int) -> bool:
+        """Counts attention of `count` chunks side by side, of `query_len` tokens that end at `seq_len`; whether it is cuDNN's now."""
+        shapes = set(_shapes(count, query_len, seq_len))
+        for shape in shapes:
+            self._pairs[shape] += count * query_len * (seq_len - query_len // 2)
+        return all(self._pairs[shape] >= PLAN_PAIRS for shape in shapes)
+
+
+PLANS = Plans()
+"""Of this process, as cuDNN's."""
+
+
+def _shapes(count: int, query_len: int, seq_len: int) -> Iterator[tuple[int, int, int, bool]]:
+    """What cuDNN plans for: sequences, queries and keys of each, and whether causal."""
+    _, base, num_rows, num_alone = _cut(query_len, seq_len)
+    yield count, num_rows, num_rows, True
+    for begin in range(0, base, PIECE):
+        yield count, num_alone, min(PIECE, base - begin), False
+
+
+def _cut(query_len: int, seq_len: int) -> tuple[int, int, int, int]:
+    """Idle rows before the queries, keys before those, rows with idle ones around them, and rows of the queries alone."""
+    lead = (seq_len - query_len) % BUCKET
+    num_rows, num_alone = (-(-count // BUCKET) * BUCKET for count in (lead + query_len, query_len))
+    return lead, seq_len - query_len - lead, num_rows, num_alone
 
 
 def request_slots(step: Step, request: int, seq_len: int) -> torch.Tensor:
@@ -115,10 +169,8 @@ def dense_attention(
         k_TKD, v_TKD: keys and values of the last T tokens, which the pool has too; None where there is only the pool.
         attend: as `cudnn_attention`.
     """
-    query_len, seq_len = q_THD.shape[0], slots.shape[0]
-    base = (seq_len - query_len) // BUCKET * BUCKET
-    lead = seq_len - query_len - base
-    num_rows, num_alone = (-(-count // BUCKET) * BUCKET for count in (lead + query_len, query_len))
+    query_len = q_THD.shape[0]
+    lead, base, num_rows, num_alone = _cut(query_len, slots.shape[0])
     if k_TKD is not None and v_TKD is not None and num_rows == query_len:
         q, keys, values = q_THD, k_TKD, v_TKD
     else:

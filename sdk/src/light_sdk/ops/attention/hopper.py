@@ -3,9 +3,10 @@ everything else by Triton as in `kernel.py`."""
 
 import torch
 
+from light_core.engine.fakes import is_fake
 from light_core.types import Step
 from light_sdk.ops.attention.decode import decode_attention
-from light_sdk.ops.attention.dense import BUCKET, dense_attention, is_worthwhile, prompts_attention, request_slots
+from light_sdk.ops.attention.dense import BUCKET, PLANS, dense_attention, is_worthwhile, prompts_attention, request_slots
 from light_sdk.ops.attention.prefill import prefill_attention
 from light_sdk.ops.attention.tuning import decode_config, prefill_config, prefix_config
 from light_sdk.ops.runs import as_decodes, runs_of
@@ -35,7 +36,8 @@ def attention(
         decode_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, config)
     is_new_dense = k_TKD is not None and v_TKD is not None
     may_share = prefix_config(q_THD).block_m >= 2 * (q_THD.shape[1] // num_kv_heads)
-    for run in runs_of(step, "attention", is_worthwhile, BUCKET if is_new_dense else None, may_share):
+    pays = None if is_fake(q_THD) else PLANS.pays  # a rehearsal is for the kernels of both ways
+    for run in runs_of(step, "attention", is_worthwhile, BUCKET if is_new_dense else None, may_share, pays):
         if run.kind == "short":
             tiles = prefill_config(q_THD)
             prefill_attention(out_THD, q_THD, k_cache_SKD, v_cache_SKD, step, scale, None, None, tiles, run.first, run.end, k_TKD, v_TKD)
