@@ -39,13 +39,14 @@ def test_heads_in_two_parts(count, length, head_dim, device, tolerances) -> None
     torch.testing.assert_close(found.double(), expected_of(q, k, v, ((count, length),)), **tolerances(q.dtype))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_sequences_do_not_mix(device) -> None:
-    """Not even where a block of keys reaches into the next sequence, whose values are as large as they can be."""
+    """Not even where a block of keys would reach into the next sequence, whose values have no bounds."""
     from light_sdk.ops.attend_runs.kernel import split_attention
 
     q, k, v = together(200, 1, 80, torch.float16, device)
     alone = split_attention(q[:100], k[:100], v[:100], 100)
-    k[100:], v[100:] = 100.0, torch.finfo(torch.float16).max
+    k[100:], v[100:150], v[150:] = float("nan"), float("nan"), float("inf")
     assert torch.equal(split_attention(q, k, v, 100)[:100], alone)
 
 

@@ -46,7 +46,10 @@ def _attend_runs_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """A grid of blocks of queries by heads by sequences; MASKED where the last block of keys is a part of one."""
+    """A grid of blocks of queries by heads by sequences; MASKED where the last block of keys is a part of one, with zeros behind it.
+
+    That block is no step of its own: Triton 3.6 gets blocks wrong that descriptors load behind such a loop.
+    """
     log2_e: tl.constexpr = 1.4426950408889634
     first, head = tl.program_id(2) * length, tl.program_id(1)
     column = head * (LOW + HIGH)
@@ -58,7 +61,7 @@ def _attend_runs_kernel(
     for start in range(0, length, BLOCK_N):
         scores = tl.dot(q0, k_low.load([first + start, column]).T, input_precision="ieee")
         scores = tl.dot(q1, k_high.load([first + start, column + LOW]).T, scores, input_precision="ieee")
-        if MASKED:  # what comes behind is the next sequence, or zeros: finite, and times nothing
+        if MASKED:
             scores = tl.where((start + tl.arange(0, BLOCK_N) < length)[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1) * scale)
         decay = tl.exp2(highest - new_highest)
@@ -98,29 +101,32 @@ def split_attention(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tenso
     Returns:
         A new `[T, H, D]`.
     """
-    num_tokens, num_heads, head_dim = q_THD.shape
+    num_tokens, (num_heads, head_dim) = q_THD.shape[0], q_THD.shape[1:]
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q_THD.dtype, device=q_THD.device)
+    # Blocks that end in a sequence begin the next one. It is left out of the descriptors: what it holds, infinities too, is its own.
+    num_together = num_tokens if length % BLOCK_N == 0 else length
 
     def halves(tensor: torch.Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-        shape, strides = [num_tokens, num_heads * head_dim], [tensor.stride(0), 1]
+        shape, strides = [num_together, num_heads * head_dim], [tensor.stride(0), 1]
         return TensorDescriptor(tensor, shape, strides, [rows, LOW]), TensorDescriptor(tensor, shape, strides, [rows, head_dim - LOW])
 
-    _attend_runs_kernel[(triton.cdiv(length, BLOCK_M), num_heads, num_tokens // length)](
-        out,
-        *halves(q_THD, BLOCK_M),
-        *halves(k_THD, BLOCK_N),
-        *halves(v_THD, BLOCK_N),
-        length,
-        head_dim**-0.5,
-        HEADS=num_heads,
-        LOW=LOW,
-        HIGH=head_dim - LOW,
-        MASKED=length % BLOCK_N != 0,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
-    )
+    for begin in range(0, num_tokens, num_together):
+        _attend_runs_kernel[(triton.cdiv(length, BLOCK_M), num_heads, num_together // length)](
+            out[begin:],
+            *halves(q_THD[begin:], BLOCK_M),
+            *halves(k_THD[begin:], BLOCK_N),
+            *halves(v_THD[begin:], BLOCK_N),
+            length,
+            head_dim**-0.5,
+            HEADS=num_heads,
+            LOW=LOW,
+            HIGH=head_dim - LOW,
+            MASKED=length % BLOCK_N != 0,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
     return out
 
 
