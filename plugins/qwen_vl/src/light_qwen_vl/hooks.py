@@ -7,7 +7,7 @@ configuration tells it. Imports no torch.
 from collections.abc import Generator
 from typing import Any
 
-from light_sdk import ChatSpec, Family, FamilyRegistry, MediaEncoder, ModelContext, PreLayer, WeightPlan, hookimpl
+from light_sdk import ChatSpec, Family, FamilyRegistry, Kernel, KernelRegistry, MediaEncoder, ModelContext, PreLayer, WeightPlan, hookimpl
 
 light_api = 1
 
@@ -35,6 +35,12 @@ def is_first(model: ModelContext) -> bool:
 def light_register_families(registry: FamilyRegistry) -> None:
     for family in FAMILIES:
         registry.add(family)
+
+
+@hookimpl
+def light_register_kernels(registry: KernelRegistry) -> None:
+    registry.op("resample_axis", reference="light_qwen_vl.resampling:resample_axis")
+    registry.kernel(Kernel("resample_axis", "triton", "light_qwen_vl.resampling_kernel:resample_axis", min_capability=(8, 0)))
 
 
 @hookimpl

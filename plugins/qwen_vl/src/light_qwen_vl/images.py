@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from light_qwen_vl.resampling import resample, sampling_table
+from light_qwen_vl.resampling import ResampleAxis, resample, resample_axis, sampling_table
 from light_sdk import RequestError
 
 __all__ = [
@@ -111,10 +111,10 @@ def preprocess(rules: ImageRules, data: bytes) -> dict[str, torch.Tensor]:
     }
 
 
-def cut_patches(rules: ImageRules, item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def cut_patches(rules: ImageRules, item: Mapping[str, torch.Tensor], along: ResampleAxis = resample_axis) -> torch.Tensor:
     """The patches of a preprocessed picture, on its device: uint8 `[T, 3 * patch_size²]`, in the encoder's order; channel by
-    channel, row by row."""
-    pixels = resample(item["pixels"], item["rows"], item["columns"])
+    channel, row by row. It is resampled by `along`."""
+    pixels = resample(item["pixels"], item["rows"], item["columns"], along)
     patch, merge = rules.patch_size, rules.merge_size
     rows, columns = item["units"].shape
     units = pixels.view(rows, merge, patch, columns, merge, patch, 3).permute(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1)

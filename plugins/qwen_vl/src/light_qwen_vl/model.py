@@ -102,6 +102,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, model: ModelContext, shape: VisionShape) -> None:
         super().__init__()
         self.shape, self.dtype, rules, size = shape, model.torch_dtype, shape.rules, shape.hidden_size
+        self._resample_axis = model.ops.select("resample_axis")
         self.patches = Linear(model, 3 * rules.patch_size**2, size)
         self.layers = nn.ModuleList(Layer(model, shape) for _ in range(shape.num_layers))
         self.norm = (RMSNorm if shape.is_gated else LayerNorm)(model, size, NORM_EPS)
@@ -129,7 +130,7 @@ class ImageEncoder(nn.Module):
     def together(self, items: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """As `forward`, in one pass."""
         grids = tuple(grid(item) for item in items)
-        patches = torch.cat([cut_patches(self.shape.rules, item) for item in items])
+        patches = torch.cat([cut_patches(self.shape.rules, item, self._resample_axis) for item in items])
         places = torch.cat([item["places"] for item in items])
         begins = [sum(map(math.prod, grids[:index])) for index in range(len(items))]
         units = torch.cat([item["units"].flatten() + begin for item, begin in zip(items, begins, strict=True)])

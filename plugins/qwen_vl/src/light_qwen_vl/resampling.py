@@ -8,11 +8,16 @@ those of Pillow's `Image.resize` (Keys' cubic with a = -0.5, IEEE Transactions o
 whole numbers. Pillow takes ten times as long for it as for decoding the picture.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import PIL
 import torch
 
-__all__ = ["resample", "rows_first", "sampling_table"]
+__all__ = ["POINT_BITS", "ResampleAxis", "resample", "resample_axis", "rows_first", "sampling_table"]
+
+ResampleAxis = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""The op `resample_axis`, which this plugin declares."""
 
 POINT_BITS = 22
 REACH = 2.0
@@ -63,23 +68,18 @@ def sampling_table(size: int, new_size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack((np.minimum(first + tap, size - 1), whole)).astype(np.int32))
 
 
-def resample(pixels: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """A picture in another size, first along the axis that `rows_first` names.
+def resample_axis(pixels: torch.Tensor, table: torch.Tensor, dim: int) -> torch.Tensor:
+    """A picture in another height or width: the op's definition, in whole numbers of 32 bits.
 
     Args:
         pixels: uint8 `[height, width, 3]`.
-        rows, columns: tables of `sampling_table` for height and width, on the device of `pixels`.
+        table: of `sampling_table`, on the device of `pixels`.
+        dim: 0 for the height, 1 for the width.
 
     Returns:
-        uint8 `[new height, new width, 3]`; `pixels` itself where neither size changes. About 30 operations on the picture
-        in 32 bits; nothing waits for the device.
+        uint8 `[new height, width, 3]` or `[height, new width, 3]`; `pixels` itself where the table has no taps. Nothing waits for
+        the device.
     """
-    if rows_first(*pixels.shape[:2], rows.shape[-1], columns.shape[-1]):
-        return _along(_along(pixels, rows, 0), columns, 1)
-    return _along(_along(pixels, columns, 1), rows, 0)
-
-
-def _along(pixels: torch.Tensor, table: torch.Tensor, dim: int) -> torch.Tensor:
     if not table.shape[1]:
         return pixels
     total = torch.full((1,), 1 << (POINT_BITS - 1), dtype=torch.int32, device=pixels.device)
@@ -87,3 +87,19 @@ def _along(pixels: torch.Tensor, table: torch.Tensor, dim: int) -> torch.Tensor:
         part = pixels.index_select(dim, sources)
         total = torch.addcmul(total, part, weights.view((-1, 1) if dim == 1 else (-1, 1, 1)))
     return (total >> POINT_BITS).clamp_(0, 255).to(torch.uint8)
+
+
+def resample(pixels: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, along: ResampleAxis = resample_axis) -> torch.Tensor:
+    """A picture in another size, first along the axis that `rows_first` names.
+
+    Args:
+        pixels: uint8 `[height, width, 3]`.
+        rows, columns: tables of `sampling_table` for height and width, on the device of `pixels`.
+        along: what changes one of them.
+
+    Returns:
+        uint8 `[new height, new width, 3]`; `pixels` itself where neither size changes.
+    """
+    if rows_first(*pixels.shape[:2], rows.shape[-1], columns.shape[-1]):
+        return along(along(pixels, rows, 0), columns, 1)
+    return along(along(pixels, columns, 1), rows, 0)
