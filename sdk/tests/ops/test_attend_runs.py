@@ -65,6 +65,19 @@ def test_short_sequences_are_torchs(runs, least, device, tolerances, monkeypatch
         torch.testing.assert_close(found.double(), expected_of(q, k, v, runs), **tolerances(q.dtype))
 
 
+def test_both_variants_are_compiled_at_once(device, monkeypatch) -> None:
+    """That of whole blocks of keys and that of a last one in part."""
+    from light_sdk.ops.attend_runs import kernel
+
+    lengths, split_attention = [], kernel.split_attention
+    monkeypatch.setattr(kernel, "split_attention", lambda *given: (lengths.append(given[3]), split_attention(*given))[1])
+    monkeypatch.setattr(kernel, "LEAST_LENGTH", 1)
+    kernel._compile.cache_clear()
+    for _ in range(2):
+        kernel.attend_runs(*together(70, 2, 80, torch.float16, device), ((1, 70),))
+    assert {length % kernel.BLOCK_N == 0 for length in lengths[:2]} == {True, False} and lengths[2:] == [70, 70]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("count", "length"), [(1, 5184), (3, 5184), (2, 4100), (1, 5476), (1, 4161)])

@@ -7,6 +7,7 @@ are torch's: they have few blocks of keys for what begins and ends a program.
 Source: Dao 2023, "FlashAttention-2", arXiv 2307.08691.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -87,6 +88,8 @@ def attend_runs(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, r
         q, k, v = (tensor[begin : begin + count * length] for tensor in (q_THD, k_THD, v_THD))
         begin += count * length
         is_long = is_dense and length >= LEAST_LENGTH
+        if is_long:
+            _compile(*q_THD.shape[1:], q_THD.dtype, q_THD.device)
         parts.append(split_attention(q, k, v, length) if is_long else reference.attend_runs(q, k, v, ((count, length),)))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -128,6 +131,14 @@ def split_attention(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tenso
             num_stages=NUM_STAGES,
         )
     return out
+
+
+@functools.cache
+def _compile(num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Both variants of the kernel at the first sequence, which is one of start-up, so that nobody waits for the other one later."""
+    for length in (BLOCK_N, BLOCK_N + 1):
+        tokens = torch.zeros((length, num_heads, head_dim), dtype=dtype, device=device)
+        split_attention(tokens, tokens, tokens, length)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
