@@ -11,6 +11,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,9 @@ MAX_BATCH = 32
 SHARE = 2
 """Of a pace of tokens, one in so many is encoded before a step while others decode, who wait for it. To encode a picture takes
 about as much work as the prefill of its tokens, so that such a step takes no longer than one that is full of text."""
-PROFILED_SIDE = 2048
-CHECKED_SIDE = 224
-"""Of the picture that an encoder is tried on where no memory is measured."""
+PROFILED_SIDES, CHECKED_SIDES = (2048, 1024), (224,)
+"""Of the pictures that an encoder is tried on, each as often as goes before one step: a few large ones, and more of a size that encoders
+may take together; and where no memory is measured."""
 EPOCH_MARK = "\udc00"
 """Sets a salt of ours apart from any that comes from outside: UTF-8 cannot carry it."""
 
@@ -174,21 +175,19 @@ class EngineMedia:
         return self._cache.capacity
 
     def profile(self) -> None:
-        """Encodes a large empty picture with each encoder of images, so that its memory shows and kernels compile.
+        """Encodes large empty pictures with each encoder of images, so that its memory shows and kernels compile.
 
         Raises:
             PluginError: what the encoder gives does not fit together.
         """
-        side = PROFILED_SIDE if self._device.type == "cuda" else CHECKED_SIDE
-        data = ppm_head(side, side) + bytes(side * side * 3)
-        for encoder in self.encoders.values():
-            if encoder.kind != "image":
-                continue
-            tensors = encoder.preprocess(data)
+        is_cuda = self._device.type == "cuda"
+        images = [encoder for encoder in self.encoders.values() if encoder.kind == "image"]
+        for encoder, side in product(images, PROFILED_SIDES if is_cuda else CHECKED_SIDES):
+            tensors = encoder.preprocess(ppm_head(side, side) + bytes(side * side * 3))
             count = encoder.num_tokens(tensors)
             if count < 1:
                 raise _wrong(encoder, f"it says that an item takes {count} tokens")
-            copies = min(max(1, self._max_tokens // count), MAX_BATCH) if self._device.type == "cuda" else 1
+            copies = min(max(1, self._max_tokens // count), MAX_BATCH) if is_cuda else 1
             embeddings = self._run(encoder, [tensors] * copies, [count] * copies)
             self._token_bytes = max(self._token_bytes, embeddings[0].nbytes // count)
 
