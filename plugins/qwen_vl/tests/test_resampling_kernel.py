@@ -1,6 +1,7 @@
 """The kernel of `resample_axis`, bit by bit as the definition, which is held against Pillow in test_images.py."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,14 +11,19 @@ from light_qwen_vl import hooks
 from light_qwen_vl.resampling import resample_axis, sampling_table
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["before", "behind", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A GPU, or the interpreter, where a forbidden page lies before or behind each tensor."""
     if request.param == "cuda":
-        return "cuda"
+        yield "cuda"
+        return
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process; the interpreter tests run where there is no GPU")
     assert os.environ.get("TRITON_INTERPRET") == "1", "triton was imported before it could be chosen"
-    return "cpu"
+    from light_sdk.testing.guarded import guarded_launches
+
+    with guarded_launches(request.param):
+        yield "cpu"
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -16,7 +16,7 @@ HALVES = ("float16", "bfloat16")
 MAX_HEAD_DIM = 256
 MAX_DENSE_HEAD_DIM = 128
 MAX_LATENT_RANK = 512
-SPLIT_HEAD_DIMS = (80,)
+SPLIT_HEAD_DIM = 80
 TRITON_OPS = (
     "rms_norm",
     "layer_norm",
@@ -126,7 +126,7 @@ def _accepts_dense(facts: Mapping[str, Any]) -> str | None:
 def _accepts_split_heads(facts: Mapping[str, Any]) -> str | None:
     """None if heads are wide as cuDNN has no tile for, else why not."""
     head_dim = facts.get("head_dim")
-    return None if head_dim in SPLIT_HEAD_DIMS else f"takes heads of {', '.join(map(str, SPLIT_HEAD_DIMS))}, not {head_dim}"
+    return None if head_dim == SPLIT_HEAD_DIM else f"takes heads of {SPLIT_HEAD_DIM}, not {head_dim}"
 
 
 def _accepts_attention(facts: Mapping[str, Any]) -> str | None:

@@ -71,6 +71,7 @@ CALLS = {"prompts_attention": "prompts", "dense_attention": "chunk", "prefill_at
 def test_steps(mix, padding, make_latents, tolerances, monkeypatch) -> None:
     """What attends to which chunks, that every token's result lands where it belongs, and that it is made once. Padding is one
     more prompt, on slots and a row of its own, and moves no other chunk."""
+    from light_sdk.ops.attention import dense as cutting
     from light_sdk.ops.mla_attention import dense, hopper
 
     decodes, prefills, expected_counts = MIXES[mix]
@@ -78,7 +79,7 @@ def test_steps(mix, padding, make_latents, tolerances, monkeypatch) -> None:
     if padding:
         prefills = [*prefills, (padding, padding)]
         expected_counts["short"] = expected_counts.get("short", 0) + 1
-    for module, name, value in ((dense, "BUCKET", 8), (hopper, "BUCKET", 8), (dense, "LEAST_QUERIES", 8), (dense, "LEAST_PAIRS", 100)):
+    for module, name, value in ((cutting, "BUCKET", 8), (hopper, "BUCKET", 8), (dense, "LEAST_QUERIES", 8), (dense, "LEAST_PAIRS", 100)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     batch = make_latents(decodes, prefills, (2, 24, 12, 6, 20))

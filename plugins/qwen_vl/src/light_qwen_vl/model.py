@@ -52,10 +52,10 @@ Grid = tuple[int, int]
 def batches(grids: Sequence[Grid], large: int, together: int) -> list[list[int]]:
     """Pictures that are encoded together, by index: all that have less than `large` units, those of one shape side by side; of
     the others those of one shape, in parts of `together` units at most, or one alone."""
-    order = sorted(range(len(grids)), key=lambda index: grids[index])
+    order = sorted(range(len(grids)), key=grids.__getitem__)
     small = [index for index in order if math.prod(grids[index]) < large]
     found = [small] if small else []
-    for shape, equal in groupby((index for index in order if math.prod(grids[index]) >= large), key=lambda index: grids[index]):
+    for shape, equal in groupby((index for index in order if index not in small), key=grids.__getitem__):
         indices, count = list(equal), max(1, together // math.prod(shape))
         found += [indices[begin : begin + count] for begin in range(0, len(indices), count)]
     return found

@@ -104,7 +104,7 @@ def split_attention(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tenso
     Returns:
         A new `[T, H, D]`.
     """
-    num_tokens, (num_heads, head_dim) = q_THD.shape[0], q_THD.shape[1:]
+    num_tokens, num_heads, head_dim = q_THD.shape
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q_THD.dtype, device=q_THD.device)
     # Blocks that end in a sequence begin the next one. It is left out of the descriptors: what it holds, infinities too, is its own.
     num_together = num_tokens if length % BLOCK_N == 0 else length

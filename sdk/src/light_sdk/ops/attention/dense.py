@@ -32,6 +32,7 @@ __all__ = [
     "Attend",
     "Plans",
     "cudnn_attention",
+    "cut",
     "dense_attention",
     "is_worthwhile",
     "merge",
@@ -81,14 +82,15 @@ PLANS = Plans()
 
 def _shapes(count: int, query_len: int, seq_len: int) -> Iterator[tuple[int, int, int, bool]]:
     """What cuDNN plans for: sequences, queries and keys of each, and whether causal."""
-    _, base, num_rows, num_alone = _cut(query_len, seq_len)
+    _, base, num_rows, num_alone = cut(query_len, seq_len)
     yield count, num_rows, num_rows, True
     for begin in range(0, base, PIECE):
         yield count, num_alone, min(PIECE, base - begin), False
 
 
-def _cut(query_len: int, seq_len: int) -> tuple[int, int, int, int]:
-    """Idle rows before the queries, keys before those, rows with idle ones around them, and rows of the queries alone."""
+def cut(query_len: int, seq_len: int) -> tuple[int, int, int, int]:
+    """How a chunk of `query_len` tokens that ends at `seq_len` is cut: idle rows before the queries, keys before those, rows with idle
+    ones around them, and rows of the queries alone; all but the first are multiples of `BUCKET`."""
     lead = (seq_len - query_len) % BUCKET
     num_rows, num_alone = (-(-count // BUCKET) * BUCKET for count in (lead + query_len, query_len))
     return lead, seq_len - query_len - lead, num_rows, num_alone
@@ -170,7 +172,7 @@ def dense_attention(
         attend: as `cudnn_attention`.
     """
     query_len = q_THD.shape[0]
-    lead, base, num_rows, num_alone = _cut(query_len, slots.shape[0])
+    lead, base, num_rows, num_alone = cut(query_len, slots.shape[0])
     if k_TKD is not None and v_TKD is not None and num_rows == query_len:
         q, keys, values = q_THD, k_TKD, v_TKD
     else:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from light_sdk.ops.attention.dense import BUCKET, Attend, cudnn_attention, merge
+from light_sdk.ops.attention.dense import BUCKET, Attend, cudnn_attention, cut, merge
 from light_sdk.ops.dependent import dependent, release, wait
 from light_sdk.ops.tuning import next_power_of_2
 
@@ -83,10 +83,8 @@ def dense_attention(
         piece_len: tokens of the prefix that are decompressed at once.
         attend: attention over dense tensors, as `cudnn_attention`.
     """
-    query_len, seq_len, value_dim = q_THD.shape[0], slots.shape[0], out_THO.shape[-1]
-    base = (seq_len - query_len) // BUCKET * BUCKET
-    lead = seq_len - query_len - base
-    num_rows = -(-(lead + query_len) // BUCKET) * BUCKET
+    query_len, value_dim = q_THD.shape[0], out_THO.shape[-1]
+    lead, base, num_rows, _ = cut(query_len, slots.shape[0])
     q = q_THD
     if num_rows != query_len:
         q = q_THD.new_zeros((num_rows, *q_THD.shape[1:]))
