@@ -47,8 +47,8 @@ LEAST_PAIRS = 2048 * 1024
 """Queries times mean keys from which gathering and padding are worth it: a prompt of 2,048, or 256 after 8,192."""
 
 PLAN_PAIRS = 32 << 20
-"""Of a query and a key, that a shape has had before cuDNN plans for it: a plan takes the host 20 to 40 ms (pytorch/pytorch#191576
-says 42), in which cuDNN is ahead of Triton by so many pairs in 32 layers of 32 heads of 128."""
+"""Of a query and a key, that a shape has had before cuDNN plans for it: a plan takes the host 35 to 59 ms (docs/performance.md), in
+which cuDNN is ahead of Triton by about so many pairs in 32 layers of 32 heads of 128."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor]]
 
