@@ -68,6 +68,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    def time_to_plan(self) -> float:
+        return 0.0
+
     def step(self) -> list[TokenUpdate]:
         self._stats.steps += 1
         time.sleep(self._number.get("step_s", 0.001))

@@ -3,7 +3,8 @@
     plan → launch → (the device works) → result → commit
 
 On a GPU the loop is one step ahead: step N+1 is planned and launched before step N's tokens are read, so the device
-never waits for Python. On a CPU plan and commit alternate. One thread calls everything here.
+never waits for Python; a caller to whom requests come meanwhile waits for `time_to_plan` first. On a CPU plan and commit
+alternate. One thread calls everything here.
 """
 
 import logging
@@ -26,6 +27,7 @@ from light_core.engine.pace import CPU_PACE, pace_of
 from light_core.engine.requests import EngineRequest, EngineStats, TokenLogprobs, TokenUpdate
 from light_core.engine.runner import Launched
 from light_core.engine.sampling import STATUS_TEXT
+from light_core.engine.timing import StepTimes
 from light_core.engine.weights import fill_dummy, finish_loading, load_weights
 from light_core.errors import RequestError
 from light_core.kv.layout import bytes_per_token
@@ -102,6 +104,7 @@ class Engine:
         is_ahead = resolved.device.startswith("cuda") if config.async_planning is None else config.async_planning
         self._depth = 1 if is_ahead else 0
         self._launched: deque[Launched] = deque()
+        self._times = StepTimes()
         # Of requests whose prompt is under way, and who has been told theirs.
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self._prompt_told: set[int] = set()
@@ -222,6 +225,11 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ the step
 
+    def time_to_plan(self) -> float:
+        """Seconds that the next `step` may wait, for the device has enough to do; what is added meanwhile can be in it."""
+        waiting = self.media.num_waiting if self.media is not None else 0
+        return self._times.left(self.scheduler.has_prompts or waiting > 0)
+
     def step(self) -> list[TokenUpdate]:
         """Launches the next step, if there is one, and returns the tokens of the oldest that is due.
 
@@ -229,17 +237,20 @@ class Engine:
             Exception: whatever the model raised. Every request has ended then, and new ones can be added.
         """
         try:
-            refused = self._encode() if self.media is not None and self.media.num_waiting else []
+            began_s, encodes = self._times.now(), self.media is not None and self.media.num_waiting > 0
+            refused = self._encode() if encodes else []
             plan = self.scheduler.plan()
             if plan is not None:
                 launched = self.runner.launch(plan)
                 self._launched.append(launched)
+                self._times.launched(plan, began_s, is_alone=not encodes)
                 refused += [self._refuse(request_id, reason) for request_id, reason in launched.refused.items()]
             if len(self._launched) > self._depth or (plan is None and self._launched):
                 return refused + self._finish(self._launched.popleft())
             return refused
         except BaseException:
             self._launched.clear()
+            self._times.forget()
             self._prompt_logprobs.clear()
             self._prompt_told.clear()
             for request in self.media.clear() if self.media is not None else ():
@@ -285,8 +296,11 @@ class Engine:
             if self.scheduler.is_live(request_id):  # else it was aborted meanwhile, and nobody would collect them
                 self._prompt_logprobs.setdefault(request_id, [None]).extend(launched.prompt_records(index))
         if launched.sampled is None:
+            self._times.finished(None)
             return self.scheduler.commit(plan, NO_TOKENS)
+        began_s = self._times.now()
         sampled = launched.sampled.result()
+        self._times.finished(self._times.now() - began_s)
         errors = {index: STATUS_TEXT[int(sampled.status[index])] for index in np.flatnonzero(sampled.status).tolist()}
         updates = self.scheduler.commit(plan, sampled.token_ids, errors)
         if self.media is not None and self.media.has_pins:

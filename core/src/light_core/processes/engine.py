@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 0.02
 IDLE_WAIT_S = 1.0
 BACKLOG_WAIT_S = 0.005
+LEAST_WAIT_S = 0.001
+"""What sockets can be waited for."""
 UPDATES_PER_MESSAGE = 1024
 
 
@@ -58,6 +60,9 @@ class EngineLike(Protocol):
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
+
+    def time_to_plan(self) -> float:
+        """Seconds that `step` may be put off, for the device has enough to do."""
 
     def step(self) -> list[TokenUpdate]:
         """One step; the tokens that it gave."""
@@ -179,9 +184,9 @@ class EngineLoop:
         self._publish_stats()
         is_idle = True
         while not self._stopping:
-            for message in self._inbox.drain():
-                self._receive(message)
+            self._receive_all()
             if self._engine.has_work():
+                self._await_due()
                 self._step(is_first=is_idle)
             is_idle = not self._engine.has_work()
             if is_idle:  # before the last answer goes out: who has it finds it counted
@@ -189,6 +194,17 @@ class EngineLoop:
             self._outbox.flush()
             if is_idle:
                 self._inbox.wait(BACKLOG_WAIT_S if len(self._outbox) else IDLE_WAIT_S, self._wake_fd)
+
+    def _receive_all(self) -> None:
+        for message in self._inbox.drain():
+            self._receive(message)
+
+    def _await_due(self) -> None:
+        """Takes what comes while the device has enough to do, so that it is in the next step and not in the one behind."""
+        while not self._stopping and (left_s := self._engine.time_to_plan()) >= LEAST_WAIT_S:
+            self._inbox.wait(left_s, self._wake_fd)
+            self._receive_all()
+            self._outbox.flush()
 
     def _step(self, is_first: bool) -> None:
         """One step; `is_first` after a time without work, and then nobody has its first token before it is counted."""

@@ -163,6 +163,11 @@ class Scheduler:
         """Whether requests that have output, or soon will, are to have more of it."""
         return len(self._decodable()) > 0
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether prompts wait, or are under way."""
+        return self._prefilling is not None or len(self._waiting) > 0
+
     def is_live(self, request_id: int) -> bool:
         """Whether that request waits or runs."""
         return request_id in self._live
