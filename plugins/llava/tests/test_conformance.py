@@ -23,6 +23,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from light_llava.images import MEAN
 from light_llava.model import BATCH
 from light_sdk import MediaTokens
+from light_sdk.ops.linear import reference as linear
 from light_sdk.testing import FamilyConformance
 from light_sdk.testing.bounds import LOGITS
 from light_sdk.testing.conformance import Case
@@ -244,13 +245,21 @@ SHAPES = ((60, 33), (37, 90), (28, 28), (300, 20), (9, 64), (57, 56), (224, 224)
 """Widths and heights: squares, bands, pictures smaller than a patch, and as large as tiles are."""
 
 
+def add(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """What a product that adds to the residual by itself does."""
+    residual.add_(torch.nn.functional.linear(x, weight, bias))
+    return True
+
+
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("name", list(TestConformance().configs()))
-def test_embeddings_of_pictures_of_many_shapes(name: str, tmp_path: Path) -> None:
+def test_embeddings_of_pictures_of_many_shapes(name: str, adds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the text model is given: tower and projector alone, tiles and the ends of their rows packed, in one batch."""
+    monkeypatch.setattr(linear.linear, "onto", add if adds else None, raising=False)
     suite = TestConformance()
     source = suite.create_source(name)
     save_model(source, tmp_path, lambda config: suite.rewrite_config(name, config))
-    (encoder,) = load_model(tmp_path, suite.plugins).media_encoders
+    (encoder,) = load_model(tmp_path, suite.plugins, kernels={"linear": "reference"}).media_encoders
     pictures = [draw(*size, seed=index) for index, size in enumerate(SHAPES)]
     items = [encoder.preprocess(ppm(picture)) for picture in pictures]
     assert "order" not in items[0] or sum(len(item["tiles"]) for item in items) > BATCH, "all tiles go through the tower at once"

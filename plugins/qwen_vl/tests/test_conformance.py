@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLC
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from light_sdk import MediaSpan, MediaTokens
+from light_sdk.ops.linear import reference as linear
 from light_sdk.testing import FamilyConformance
 from light_sdk.testing.loading import load_model
 from light_sdk.testing.reference import PREFIX_LEN, Trace, create_model, trace
@@ -152,12 +153,20 @@ class TestConformance(FamilyConformance):
         return config | flat | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
+def add(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """What a product that adds to the residual by itself does."""
+    residual.add_(torch.nn.functional.linear(x, weight, bias))
+    return True
+
+
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen2.5-vl-yarn"])
-def test_embeddings_of_pictures_of_many_shapes(name: str, tmp_path: Path) -> None:
+def test_embeddings_of_pictures_of_many_shapes(name: str, adds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vision transformer and merger alone, in one batch: windows in the middle, at one edge, at two, and none that is whole."""
+    monkeypatch.setattr(linear.linear, "onto", add if adds else None, raising=False)
     source = TestConformance().create_source(name)
     source.save_pretrained(tmp_path)
-    (encoder,) = load_model(tmp_path, TestConformance.plugins).media_encoders
+    (encoder,) = load_model(tmp_path, TestConformance.plugins, kernels={"linear": "reference"}).media_encoders
     pictures = [draw(*size, seed=index) for index, size in enumerate(((300, 200), (30, 400), (224, 224), (61, 57), (224, 224)))]
     with torch.inference_mode():
         expected = source.get_image_features(**pixels(pictures)).pooler_output

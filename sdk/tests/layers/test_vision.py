@@ -10,6 +10,7 @@ from light_core.ops import KernelRegistry, Machine, OpTable
 from light_core.types import Family, Hidden, Limits, ModelContext
 from light_sdk import hooks
 from light_sdk.layers import PatchEmbedding, VisionLayer
+from light_sdk.ops.linear import reference as linear
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -19,7 +20,8 @@ def model() -> ModelContext:
     registry = KernelRegistry()
     hooks.light_register_kernels(registry)
     registry.finish()
-    return ModelContext(Family("test", ("Test",)), None, "float32", "cpu", OpTable(registry, Machine("cpu"), "float32"), Limits(64, 8, 64))
+    table = OpTable(registry, Machine("cpu"), "float32", {"linear": "reference"})
+    return ModelContext(Family("test", ("Test",)), None, "float32", "cpu", table, Limits(64, 8, 64))
 
 
 def test_patches_are_a_convolution(model: ModelContext) -> None:
@@ -29,8 +31,16 @@ def test_patches_are_a_convolution(model: ModelContext) -> None:
     torch.testing.assert_close(patches(pixels), expected, atol=1e-5, rtol=0)
 
 
+def add(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """What a product that adds to the residual by itself does."""
+    residual.add_(F.linear(x, weight, bias))
+    return True
+
+
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_layer_is_clips_and_pictures_do_not_mix(model: ModelContext, activation: str) -> None:
+def test_layer_is_clips_and_pictures_do_not_mix(model: ModelContext, activation: str, adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear.linear, "onto", add if adds else None, raising=False)
     config = CLIPVisionConfig(hidden_size=24, intermediate_size=40, num_attention_heads=3, hidden_act=activation)
     config._attn_implementation = "eager"
     reference = CLIPEncoderLayer(config).eval()

@@ -31,6 +31,7 @@ from light_sdk.layers import (
     RMSNorm,
     RopeParameters,
     RotaryEmbedding,
+    onto,
     share_rotation,
 )
 
@@ -74,14 +75,23 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
         """`[T, E]` to a new `[T, E]`."""
+        out: torch.Tensor = self.out(self._attended(x, cos_sin, runs))
+        return out
+
+    def onto(self, residual: torch.Tensor, x: torch.Tensor, cos_sin: torch.Tensor, runs: Sequence[Run]) -> Hidden:
+        """As `light_sdk.layers.onto`, which calls it."""
+        return onto(residual, self.out, self._attended(x, cos_sin, runs))
+
+    def _attended(self, x: torch.Tensor, cos_sin: torch.Tensor, runs: Sequence[Run]) -> torch.Tensor:
+        """What goes into the last product, `[T, E]`."""
         q_THD, k_THD, v_THD = (part.view(len(x), -1, self.head_dim) for part in self.qkv.split(x))
         self._rotary(q_THD, k_THD, cos_sin, False)
-        out: torch.Tensor = self.out(self._attend(q_THD, k_THD, v_THD, runs).flatten(1))
-        return out
+        attended: torch.Tensor = self._attend(q_THD, k_THD, v_THD, runs).flatten(1)
+        return attended
 
 
 class Layer(nn.Module):
-    """Norm, attention, norm, feed-forward; the addition that ends it is left to the next norm."""
+    """Norm, attention, norm, feed-forward; the addition that ends it may be left to the next norm."""
 
     def __init__(self, model: ModelContext, shape: VisionShape) -> None:
         super().__init__()
@@ -92,8 +102,8 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Hidden, cos_sin: torch.Tensor, runs: Sequence[Run]) -> Hidden:
         x, residual = self.attention_norm(hidden)
-        x, residual = self.mlp_norm(Hidden(self.attention(x, cos_sin, runs), residual))
-        return Hidden(self.mlp(x), residual)
+        x, residual = self.mlp_norm(onto(residual, self.attention, x, cos_sin, runs))
+        return onto(residual, self.mlp, x)
 
 
 class ImageEncoder(nn.Module):

@@ -11,6 +11,7 @@ from light_core.types import Hidden, ModelContext
 from light_sdk.layers.linear import Linear, MergedLinear
 from light_sdk.layers.mlp import MLP
 from light_sdk.layers.norm import LayerNorm, parameter
+from light_sdk.layers.residual import onto
 
 __all__ = ["PatchEmbedding", "VisionAttention", "VisionLayer"]
 
@@ -60,13 +61,22 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """`[T, E]`, of pictures with `num_tokens` each, to a new `[T, E]`."""
-        q, k, v = (part.unflatten(1, (self.num_heads, -1)) for part in self.qkv.split(x))  # type: ignore[no-untyped-call]
-        out: torch.Tensor = self.out(self._attend(q, k, v, ((len(x) // num_tokens, num_tokens),)).flatten(1))
+        out: torch.Tensor = self.out(self._attended(x, num_tokens))
         return out
+
+    def onto(self, residual: torch.Tensor, x: torch.Tensor, num_tokens: int) -> Hidden:
+        """As `light_sdk.layers.onto`, which calls it."""
+        return onto(residual, self.out, self._attended(x, num_tokens))
+
+    def _attended(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """What goes into the last product, `[T, E]`."""
+        q, k, v = (part.unflatten(1, (self.num_heads, -1)) for part in self.qkv.split(x))  # type: ignore[no-untyped-call]
+        attended: torch.Tensor = self._attend(q, k, v, ((len(x) // num_tokens, num_tokens),)).flatten(1)
+        return attended
 
 
 class VisionLayer(nn.Module):
-    """Norm, attention, norm, feed-forward; the addition that ends it is left to the next norm.
+    """Norm, attention, norm, feed-forward; the addition that ends it may be left to the next norm.
 
     Args:
         model: the model being built.
@@ -83,7 +93,7 @@ class VisionLayer(nn.Module):
         self.mlp = MLP(model, hidden_size, intermediate_size, activation)
 
     def forward(self, hidden: Hidden, num_tokens: int) -> Hidden:
-        """`[T, E]` of pictures with `num_tokens` each; `hidden` is overwritten where it has a residual."""
+        """`[T, E]` of pictures with `num_tokens` each; `hidden` may be overwritten."""
         x, residual = self.attention_norm(hidden)
-        x, residual = self.mlp_norm(Hidden(self.attention(x, num_tokens), residual))
-        return Hidden(self.mlp(x), residual)
+        x, residual = self.mlp_norm(onto(residual, self.attention, x, num_tokens))
+        return onto(residual, self.mlp, x)
