@@ -116,6 +116,15 @@ def test_what_ends_meanwhile_is_not_in_the_next_step(harness: Harness) -> None:
     assert harness.engine.steps[0] != harness.engine.steps[1]
 
 
+def test_a_device_that_is_done_early_has_its_next_step(harness: Harness) -> None:
+    harness.engine.due = time.monotonic() + 2 * FENCE_S
+    harness.submit()
+    time.sleep(0.05)
+    assert not harness.engine.steps
+    harness.engine.due = 0.0
+    harness.until_steps(1)
+
+
 def test_the_loop_ends_while_the_device_is_busy(harness: Harness) -> None:
     harness.engine.due = time.monotonic() + FENCE_S
     harness.submit()

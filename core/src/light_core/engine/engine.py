@@ -226,7 +226,10 @@ class Engine:
     # ------------------------------------------------------------------------------------ the step
 
     def time_to_plan(self) -> float:
-        """Seconds that the next `step` may wait, for the device has enough to do; what is added meanwhile can be in it."""
+        """Seconds that the next `step` may wait, for the device should have enough to do; what is added meanwhile can be in it. To be
+        asked again and again, as the device may be done before."""
+        if not self._launched or (sampled := self._launched[0].sampled) is None or sampled.ready():
+            return 0.0
         waiting = self.media.num_waiting if self.media is not None else 0
         return self._times.left(self.scheduler.has_prompts or waiting > 0)
 

@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 0.02
 IDLE_WAIT_S = 1.0
 BACKLOG_WAIT_S = 0.005
-LEAST_WAIT_S = 0.001
-"""What sockets can be waited for."""
+LEAST_WAIT_S, LOOK_S = 0.001, 0.002
+"""What sockets can be waited for; and how often the engine is asked whether its device is busy still."""
 UPDATES_PER_MESSAGE = 1024
 
 
@@ -62,7 +62,7 @@ class EngineLike(Protocol):
         """Whether `step` would do anything."""
 
     def time_to_plan(self) -> float:
-        """Seconds that `step` may be put off, for the device has enough to do."""
+        """Seconds that `step` may be put off, for the device has enough to do, as far as is known."""
 
     def step(self) -> list[TokenUpdate]:
         """One step; the tokens that it gave."""
@@ -202,7 +202,7 @@ class EngineLoop:
     def _await_due(self) -> None:
         """Takes what comes while the device has enough to do, so that it is in the next step and not in the one behind."""
         while not self._stopping and (left_s := self._engine.time_to_plan()) >= LEAST_WAIT_S:
-            self._inbox.wait(left_s, self._wake_fd)
+            self._inbox.wait(min(left_s, LOOK_S), self._wake_fd)
             self._receive_all()
             self._outbox.flush()
 
