@@ -1,5 +1,6 @@
 """The offline API on a GPU: tiny models in float32 against transformers, graphs against eager, the demo in bfloat16."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from light_core import LLM, SamplingParams
 from light_core.engine import runner
 from light_core.engine.pieces import StepPieces
+from light_core.engine.requests import EngineRequest
+from light_core.engine.runner import Launched
+from light_core.scheduler.plan import StepPlan
 from light_core.types import Hidden, KVView, Step
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+SLOW_CYCLES, SLOW_S = 40_000_000, 0.02  # of a GPU of 2 GHz at most
 NOISE = 0.08  # of the demo's logits in bfloat16, whose size is about 10: 2 ** -8 of it, twice
 
 
@@ -86,6 +91,40 @@ def test_steps_with_prompts_are_replayed(tiny: tuple[str, Any], expected: list[l
     sizes.clear()
     assert run(llm, prompts(6)) == expected
     assert {16, 48} <= set(sizes) <= {16, 32, 48}, "of 1 to 48 tokens, padded"
+    llm.shutdown()
+
+
+def test_planning_waits_while_the_device_is_busy(tiny: tuple[str, Any], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes meanwhile is in the next step, and everybody's output is as ever."""
+    llm = engine(tiny[0])
+    loaded, outputs, plans = llm.engine, {}, []
+    launch = loaded.runner.launch
+
+    def slow(plan: StepPlan) -> Launched:
+        plans.append(plan.num_tokens - plan.num_decodes)
+        torch.cuda._sleep(SLOW_CYCLES)
+        return launch(plan)
+
+    def add(index: int) -> None:
+        loaded.add(EngineRequest(index, np.array(prompts(6)[index], np.int32), GREEDY, frozenset()))
+
+    def step() -> None:
+        for update in loaded.step():
+            outputs.setdefault(update.request_id, []).extend(update.token_ids)
+
+    monkeypatch.setattr(loaded.runner, "launch", slow)
+    add(0)
+    for _ in range(8):
+        step()
+    assert loaded.time_to_plan() > SLOW_S / 4
+    add(1)
+    step()
+    assert plans[-1] == len(prompts(6)[1])
+    while loaded.has_work():
+        time.sleep(loaded.time_to_plan())
+        step()
+    assert outputs == {0: expected[0], 1: expected[1]}
+    assert loaded.time_to_plan() == 0
     llm.shutdown()
 
 
