@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,28 @@ def test_the_tokens_follow_the_vocabulary_in_the_models_order(tokenizer: PreTrai
 def test_an_address_between_the_tokens_is_a_placeholder(tokenizer: PreTrainedTokenizerFast, between: str) -> None:
     ids = tokenizer.encode(f"a<img>{between}</img>\nb<img>{between}</img>")
     assert ids == [97, 134, 136, 135, 10, 98, 134, 136, 135]
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("<img>a", [134, 97]),
+        ("</img><img>", [135, 134]),
+        ("<img><img>a</img>", [134, 134, 136, 135]),
+        ("<img>a\nb</img>", [134, 97, 10, 98, 135]),
+        ("<img><a>b</c></img>", [134, 136, 135]),
+    ],
+)
+def test_tokens_that_are_no_pair_stay_themselves(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> None:
+    assert tokenizer.encode(text) == ids
+
+
+@pytest.mark.parametrize("piece", ["<img>", "<img", "</img", "<img><a", "<"])
+def test_as_many_as_a_client_likes_are_read_in_no_time(tokenizer: PreTrainedTokenizerFast, piece: str) -> None:
+    """Twenty thousand take hundredths of a second; by an expression that looks behind each for its end, twenty seconds."""
+    began = time.perf_counter()
+    tokenizer.backend_tokenizer.normalizer.normalize_str("<img>" + piece * 20_000)
+    assert time.perf_counter() - began < 5
 
 
 def test_boxes_are_read_and_shown(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,6 +12,9 @@ __all__ = ["BOX_TOKENS", "IMAGE_TOKENS", "add_image_tokens"]
 
 BOX_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 IMAGE_TOKENS = ("<img>", "</img>", "<imgpad>")
+PLACE = r"<img>(?>[^<\n]*(?:<(?!/?img>)[^<\n]*)*)</img>"
+"""A pair on one line with none of the two between them. It is looked for in whatever clients send: no character is looked at for more
+than one `<img>`, however many of them are never closed."""
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -25,6 +28,6 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     # Looked for in normalised text, so that the placeholder is put there first.
     tokenizer.add_tokens([AddedToken(token, normalized=True, special=True) for token in IMAGE_TOKENS if token not in known])
     backend = tokenizer.backend_tokenizer
-    place = normalizers.Replace(Regex("<img>.*?</img>"), "<img><imgpad></img>")
+    place = normalizers.Replace(Regex(PLACE), "<img><imgpad></img>")
     backend.normalizer = place if backend.normalizer is None else normalizers.Sequence([place, backend.normalizer])
     return tokenizer
