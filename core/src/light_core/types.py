@@ -387,8 +387,8 @@ class Layer(Protocol):
     is replayed in steps with prompts too. Core finds out by itself (docs/decisions/0016).
 
     A module inside of it that sends each token through a few of many experts, all of one size, has them in a module
-    `experts`, and as integers `num_experts` and `top_k`, how many there are and how many a token meets. Nothing but
-    `light bench step` goes by these.
+    `experts`, and as integers `num_experts` and `top_k`, how many there are and how many a token meets. Only what
+    counts the bytes and operations of a step goes by these: `light bench step`, and the pace of steps.
     """
 
     def __call__(self, hidden: Hidden, step: Step, kv: KVView) -> Hidden:

@@ -90,9 +90,9 @@ def test_layers_differ() -> None:
     assert count.attention.num_flops == 4 * 4 * 8 * 30 + 4 * 6 * 8 * 4
 
 
-def test_latents() -> None:
+def test_keys_wider_than_values() -> None:
     layout = (KVGroup((0, 1, 2), (KVPlane("latent", (24,), "bfloat16"),)),)
-    facts = {"num_heads": 4, "rank": 16, "key_dim": 6, "rotary_dim": 8, "value_dim": 5}
+    facts = {"num_heads": 4, "kv_width": 6 + 8 + 5}
     count = count_step(runtime(layout, choices=(Choice("any_attention", "any", facts, ""),)), [1], [30], 1)
     assert count.attention.num_bytes == 3 * 48 * 31 and count.attention.num_flops == 3 * 2 * 4 * (6 + 8 + 5) * 30
     unknown = count_step(runtime(layout, choices=()), [1], [30], 1)

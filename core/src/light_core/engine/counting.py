@@ -10,8 +10,8 @@ What is counted:
                   only the experts that some token is expected to choose, choices taken as uniform and independent
     post layer    read once; its matrices multiply the wanted rows alone
     KV            each request's keys and values read once a layer, as far back as the layer's window; each token's written
-    attention     products of a query with its keys and values, where an op's facts say `num_heads` and `head_dim`, or
-                  `num_heads`, `key_dim`, `rotary_dim` and `value_dim`
+    attention     products of a query with its keys and values, where an op's facts say `num_heads`, and `head_dim` or
+                  `kv_width`, of a head's key and value together
 
 Activations are not counted: a perfect machine keeps them on the chip. Media encoders run outside of the step.
 """
@@ -179,11 +179,9 @@ def _attention(
 
 def _head_width(facts: Mapping[str, Any]) -> int | None:
     """Width of a head's key and value together, if these are the facts of attention."""
-    if {"num_heads", "head_dim"} <= facts.keys():
-        return 2 * int(facts["head_dim"])
-    if {"num_heads", "key_dim", "rotary_dim", "value_dim"} <= facts.keys():
-        return int(facts["key_dim"] + facts["rotary_dim"] + facts["value_dim"])
-    return None
+    if "num_heads" not in facts or not {"head_dim", "kv_width"} & facts.keys():
+        return None
+    return int(facts["kv_width"]) if "kv_width" in facts else 2 * int(facts["head_dim"])
 
 
 def _tokens_read(query_len: int, seq_len: int, window: int | None) -> int:

@@ -60,6 +60,7 @@ class LatentAttention(nn.Module):
         self.norm_weight = parameter(rank)
         self.kv_b_weight = parameter(num_heads * (key_dim + value_dim), rank)
         sizes = {"num_heads": num_heads, "rank": rank, "key_dim": key_dim, "rotary_dim": rotary_dim, "value_dim": value_dim}
+        sizes["kv_width"] = key_dim + rotary_dim + value_dim
         self._attention = model.ops.select("latent_attention", **sizes)
         self._write = model.ops.select("write_latent", rank=rank, rotary_dim=rotary_dim)
         self._attend = model.ops.select("mla_attention", **sizes)
