@@ -46,20 +46,6 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in pairwise(marks)) / 1e3
 
 
-def resample(pixels: torch.Tensor, height: int, width: int, along: ResampleAxis) -> torch.Tensor:
-    """`pixels` in another size, as the encoder has it, with the tables made beforehand."""
-    size, new_size = pixels.shape[:2], (height, width)
-    order = (0, 1) if rows_first(*size, *new_size) else (1, 0)
-    for dim in order:
-        pixels = along(pixels, table(size[dim], new_size[dim], pixels.device), dim)
-    return pixels
-
-
-@functools.cache
-def table(size: int, new_size: int, device: torch.device) -> torch.Tensor:
-    return sampling_table(size, new_size).to(device)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -72,12 +58,13 @@ def main() -> int:
     for height, width, new_height, new_width in SIZES:
         given = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         expected = np.asarray(Image.fromarray(given).resize((new_width, new_height), Image.Resampling.BICUBIC))
-        pixels = torch.from_numpy(given).to(device)
+        tables = sampling_table(height, new_height), sampling_table(width, new_width)
+        pixels, rows, columns = (tensor.to(device) for tensor in (torch.from_numpy(given), *tables))
         between = new_height * width if rows_first(height, width, new_height, new_width) else height * new_width
         floor = 3 * (height * width + 2 * between + new_height * new_width) / BANDWIDTH
         for name, along in implementations.items():
             label = f"{height} x {width} to {new_height} x {new_width}  {name:9}"
-            run = functools.partial(resample, pixels, new_height, new_width, along)
+            run = functools.partial(resampling.resample, pixels, rows, columns, along)
             if not np.array_equal(run().cpu().numpy(), expected):
                 wrong += 1
                 print(f"{label}  other pixels than Pillow's")

@@ -179,9 +179,8 @@ def _attention(
 
 def _head_width(facts: Mapping[str, Any]) -> int | None:
     """Width of a head's key and value together, if these are the facts of attention."""
-    if "num_heads" not in facts or not {"head_dim", "kv_width"} & facts.keys():
-        return None
-    return int(facts["kv_width"]) if "kv_width" in facts else 2 * int(facts["head_dim"])
+    width = facts.get("kv_width", 2 * facts.get("head_dim", 0))
+    return int(width) if width and "num_heads" in facts else None
 
 
 def _tokens_read(query_len: int, seq_len: int, window: int | None) -> int:

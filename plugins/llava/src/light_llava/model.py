@@ -45,10 +45,11 @@ class VisionTower(nn.Module):
         count, length = patches.shape[0], patches.shape[1] + 1
         x = torch.cat((self.class_embedding.expand(count, 1, -1), patches), dim=1) + self.positions
         hidden = Hidden(self.norm(Hidden(x.flatten(0, 1))).x)
-        states = {0: hidden.x.clone()}  # copies, as the next layer may overwrite what it is given
-        for index, layer in enumerate(self.layers, 1):
-            hidden = layer(hidden, length)
-            if index in self.feature_layers:
+        states = {}
+        for index in range(len(self.layers) + 1):
+            if index:
+                hidden = self.layers[index - 1](hidden, length)
+            if index in self.feature_layers:  # a copy, as the next layer may overwrite what it is given
                 states[index] = hidden.x.clone() if hidden.residual is None else hidden.value()
         features = torch.cat([states[layer] for layer in self.feature_layers], dim=-1).view(count, length, -1)
         return features[:, 1:] if self.drops_class else features
